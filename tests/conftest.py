@@ -1,0 +1,31 @@
+"""What every test runs under: one thread per worker, no network, nothing random that is not asked for."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: workers side by side, each with all the cores, would be slower than one thread each.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached for the network would be a mistake
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# Timing belongs to benchmarks: on a shared machine a deadline only makes tests flicker.
+settings.register_profile("leibler", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("leibler")
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace():
+    """Nothing in the library may read or move the global random state or the default dtype."""
+    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == dtype, "the default dtype was changed"
+    torch.set_rng_state(before)
