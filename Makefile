@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and alone: its build (CPU or CUDA) is the machine's choice, the rest adapts to it
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs,transport]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 setup: $(STAMP)  ## make the environment in .venv
@@ -35,10 +35,10 @@ demo: $(STAMP)  ## train and distil small models from nothing, and write a repor
 	$(BIN)/leibler demo
 
 test: $(STAMP)  ## tests and docstring examples (fast ones)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not soak" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take more than a few seconds
-	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not soak" $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check src tests $(wildcard examples benchmarks)

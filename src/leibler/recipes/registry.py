@@ -1,0 +1,176 @@
+"""The table of methods: what each is called, where it was published, and where its recipe stands.
+
+Nothing here imports a tensor library, so listing methods takes no time. One row per method; the slugs and families
+of the two columns are the ones that `leibler methods` prints and `leibler train` accepts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+FAMILIES = ("distillation", "policy", "preference")
+"""The families that have a recipe."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Attributes:
+        slug: the name on the command line.
+        title, year: of the paper (the year it was first made public).
+        family: what kind of learning it belongs to.
+        kind: how it is used; ``"recipe"``: trained by ``leibler train``.
+        summary: what it is for, in one line.
+        where: ``"module:function"`` inside `leibler.recipes`; the function returns the recipe.
+    """
+
+    slug: str
+    title: str
+    year: int
+    family: str
+    kind: str
+    summary: str
+    where: str
+
+    def to_dict(self) -> dict[str, str | int]:
+        """As plain data, in the order of the fields."""
+        return asdict(self)
+
+
+def _table(*methods: Method) -> dict[str, Method]:
+    table = {method.slug: method for method in methods}
+    if len(table) != len(methods):
+        raise ValueError("two methods share a slug")
+    return table
+
+
+METHODS: dict[str, Method] = _table(
+    Method(
+        "sft",
+        "Training language models to follow instructions with human feedback",
+        2022,
+        "distillation",
+        "recipe",
+        "Maximum likelihood of given completions: the baseline, and the first stage of nearly everything else.",
+        "distillation:sft",
+    ),
+    Method(
+        "kd",
+        "Distilling the Knowledge in a Neural Network",
+        2015,
+        "distillation",
+        "recipe",
+        "Match the teacher's next-token law on given completions by the forward KL.",
+        "distillation:kd",
+    ),
+    Method(
+        "gkd",
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        2023,
+        "distillation",
+        "recipe",
+        "Match the teacher on the student's own samples, so that training sees the student's mistakes.",
+        "distillation:gkd",
+    ),
+    Method(
+        "minillm",
+        "Knowledge Distillation of Large Language Models",
+        2023,
+        "distillation",
+        "recipe",
+        "Descend the reverse KL of whole responses, so that a small student keeps to what it can do well.",
+        "distillation:minillm",
+    ),
+    Method(
+        "distillm",
+        "DistiLLM: Towards Streamlined Distillation for Large Language Models",
+        2024,
+        "distillation",
+        "recipe",
+        "Skewed KL, stable where plain KL explodes, on student samples reused from a buffer.",
+        "distillation:distillm",
+    ),
+    Method(
+        "akl",
+        "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models",
+        2024,
+        "distillation",
+        "recipe",
+        "Weigh forward and reverse KL at each token by where the student is off: the teacher's head or its tail.",
+        "distillation:akl",
+    ),
+    Method(
+        "kdrl",
+        "KDRL: Post-Training Reasoning LLMs via Unified Knowledge Distillation and Reinforcement Learning",
+        2025,
+        "distillation",
+        "recipe",
+        "Rewards and a teacher in one objective: GRPO joined with on-policy distillation.",
+        "distillation:kdrl",
+    ),
+    Method(
+        "g-opd",
+        "Learning beyond Teacher: Generalized On-Policy Distillation with Reward Extrapolation",
+        2026,
+        "distillation",
+        "recipe",
+        "On-policy distillation to a target extrapolated beyond the teacher, away from its base model.",
+        "distillation:g_opd",
+    ),
+    Method(
+        "ppo",
+        "Proximal Policy Optimization Algorithms",
+        2017,
+        "policy",
+        "recipe",
+        "Rewards with a critic, a clipped ratio, and a KL penalty to the reference inside the reward.",
+        "policy:ppo",
+    ),
+    Method(
+        "grpo",
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        2024,
+        "policy",
+        "recipe",
+        "Rewards without a critic: each response is judged against the others to the same prompt.",
+        "policy:grpo",
+    ),
+    Method(
+        "disco",
+        "DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained Optimization",
+        2025,
+        "policy",
+        "recipe",
+        "Score right answers above wrong ones, with the KL to the old policy held as a constraint.",
+        "policy:disco",
+    ),
+    Method(
+        "dpo",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        2023,
+        "preference",
+        "recipe",
+        "Learn from pairs of responses without a reward model.",
+        "preference:dpo",
+    ),
+    Method(
+        "f-dpo",
+        "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence Constraints",
+        2023,
+        "preference",
+        "recipe",
+        "DPO with another f-divergence in place of the reverse KL, to trade alignment against diversity.",
+        "preference:f_dpo",
+    ),
+    Method(
+        "inpo",
+        "Iterative Nash Policy Optimization: Aligning LLMs with General Preferences via No-Regret Learning",
+        2024,
+        "preference",
+        "recipe",
+        "Self-play towards the Nash policy of a preference that no reward explains.",
+        "preference:inpo",
+    ),
+)
+"""Every method by its slug, in the order in which `leibler methods` lists them."""
