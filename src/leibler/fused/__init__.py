@@ -1,0 +1,17 @@
+"""Linear heads and functionals of their rows, without ever storing the logits of all tokens."""
+
+from __future__ import annotations
+
+from leibler.fused.functions import functionals, one_pass, support_violations
+from leibler.fused.linear import linear_divergence
+from leibler.fused.operands import Linear, TargetRows, Want
+
+__all__ = [
+    "Linear",
+    "TargetRows",
+    "Want",
+    "functionals",
+    "linear_divergence",
+    "one_pass",
+    "support_violations",
+]

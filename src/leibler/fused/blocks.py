@@ -1,0 +1,120 @@
+"""Two levels of blocking: token chunks for the matrix products, row blocks for everything elementwise.
+
+A product needs many tokens at once to run at full speed, while elementwise work is several times faster on blocks that
+stay in the processor's cache. So each head's logits are formed for a *chunk* of tokens into a buffer made once, and
+read from it in *row blocks* of about two megabytes. Sizes depend on shapes alone, never on free memory or the clock,
+so that a repeated run adds in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from leibler.divergence.rows import FLOOR, LOG2E, Row
+from leibler.fused.operands import Linear, TargetRows
+
+CHUNKS = (1024, 512, 256, 128)
+_BUDGET = 256 * 2**20
+
+
+def chunk_tokens(vocab: int, hidden: int, heads: int) -> int:
+    """Tokens per matrix product: the largest whose logits fit the budget.
+
+    The budget is 256 MB, or as much as the head's gradient takes anyway; ``heads`` counts the model and the targets.
+
+    Example:
+        >>> chunk_tokens(32768, 512, heads=2), chunk_tokens(151936, 896, heads=2)
+        (1024, 256)
+    """
+    budget = max(_BUDGET, 4 * vocab * hidden)
+    for chunk in CHUNKS:
+        if heads * chunk * vocab * 4 <= budget:
+            return chunk
+    return CHUNKS[-1]
+
+
+def block_rows(vocab: int, device: str = "cpu") -> int:
+    """Rows per elementwise block: about 2 MB of float32 on a processor, 128 MB where launches are what costs.
+
+    Example:
+        >>> block_rows(151936), block_rows(32768), block_rows(100)
+        (3, 16, 64)
+    """
+    if device == "cpu":
+        return min(max(2**19 // vocab, 2), 64)
+    return max(2**25 // vocab, 64)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: the weight's, or the one that autocast asks for."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+class Side:
+    """One head during a pass: its logits of the current chunk, handed out as row blocks in base 2.
+
+    Multiplying the hidden states by log2(e) / temperature before the product makes base 2 and temperature free. Half
+    precision would round the product of the two once more, so there the float32 row block is scaled instead.
+    """
+
+    def __init__(self, head: Linear, vocab: int, chunk: int, rows: int, dtype: torch.dtype, block: torch.dtype) -> None:
+        self.hidden = head.hidden.detach()
+        self.weight = head.weight.detach()[:vocab].to(dtype)
+        self.temperature = head.temperature
+        self.block = block
+        self.bias: Float[Tensor, " vocab"] | None = None
+        self.outside: Tensor | None = None
+        if head.bias is not None:
+            bias = head.bias.detach()[:vocab].to(block)
+            self.bias = (bias * (LOG2E / head.temperature)).clamp_(min=FLOOR)
+            outside = bias == -torch.inf
+            self.outside = outside if bool(outside.any()) else None
+        self.logits = self.weight.new_empty(chunk, vocab)
+        # Products in the blocks' own dtype are used in place; others are widened into a block of their own.
+        self.wide = None if dtype == block else self.weight.new_empty(rows, vocab, dtype=block)
+
+    def multiply(self, start: int, stop: int) -> None:
+        """Logits of the chunk of tokens ``start`` to ``stop``, into the buffer."""
+        hidden = self.hidden[start:stop]
+        if self.wide is None:
+            hidden = hidden.to(self.block) * (LOG2E / self.temperature)
+        torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.logits[: stop - start])
+
+    def rows(self, start: int, stop: int) -> Row:
+        """Rows ``start`` to ``stop`` of the chunk, base 2, bias added (so: once for each chunk)."""
+        logits = self.logits[start:stop]
+        if self.wide is not None:
+            logits = self.wide[: stop - start].copy_(logits).mul_(LOG2E / self.temperature)
+        if self.bias is not None:
+            logits += self.bias
+        return Row(logits)
+
+
+class Mixed:
+    """The rows of one target, from the rows of its leaves."""
+
+    def __init__(self, target: TargetRows, leaves: list[int], sides: list[Side]) -> None:
+        self.combine = target.combine
+        self.leaves = leaves
+        masks = [sides[leaf].outside for leaf in leaves]
+        # What lies outside every leaf lies outside the target, whatever the expression makes of the floors.
+        self.outside: Tensor | None = None
+        if all(mask is not None for mask in masks):
+            both = torch.stack([mask for mask in masks if mask is not None]).all(dim=0)
+            self.outside = both if bool(both.any()) else None
+
+    def rows(self, rows: list[Row]) -> Row:
+        leaves = [rows[leaf] for leaf in self.leaves]
+        if self.combine is None:
+            return leaves[0]
+        scores = self.combine(tuple(row.logits - row.normaliser for row in leaves))
+        # -inf, or a part of a floor (c * FLOOR, 0 < c < 1), is no probability at all.
+        scores = torch.nn.functional.threshold(scores, FLOOR * 1e-3, FLOOR)
+        if self.outside is not None:
+            scores = scores.masked_fill(self.outside, FLOOR)
+        return Row(scores)

@@ -1,0 +1,178 @@
+"""One sweep over all tokens: values of every functional and, where coefficients are given, the head's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from leibler.divergence.rows import Row
+from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, product_dtype
+from leibler.fused.operands import Linear, TargetRows, Want
+
+Coefficients = Callable[[Float[Tensor, "wants rows"], int, int], Float[Tensor, "wants rows"]]
+"""Given the values of tokens ``start`` to ``stop``: what each of them is to be multiplied by in the gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The operands of a pass, checked, and nothing of autograd."""
+
+    model: Linear
+    wants: tuple[Want, ...]
+    targets: tuple[TargetRows, ...]
+    token: Int[Tensor, " n"] | None
+    vocab: int
+
+    def pack(self) -> tuple[Callable[[Sequence[Tensor | None]], Plan], list[Tensor | None]]:
+        """The plan's tensors, detached, for autograd to keep, and what makes a plan of them again.
+
+        Autograd frees what it keeps after the backward pass and notices when it was changed in between.
+        """
+        heads = [self.model, *(leaf for target in self.targets for leaf in target.leaves)]
+        tensors = [t for head in heads for t in (head.hidden, head.weight, head.bias)]
+        temperatures = [head.temperature for head in heads]
+        shapes = [(len(target.leaves), target.combine) for target in self.targets]
+        wants, vocab = self.wants, self.vocab
+
+        def unpack(kept: Sequence[Tensor | None]) -> Plan:
+            *flat, token = kept
+            parts = iter([Linear(*flat[3 * i : 3 * i + 3], temperature=t) for i, t in enumerate(temperatures)])  # type: ignore[arg-type]
+            model = next(parts)
+            targets = tuple(TargetRows(tuple(next(parts) for _ in range(n)), combine) for n, combine in shapes)
+            return Plan(model, wants, targets, token, vocab)
+
+        return unpack, [None if t is None else t.detach() for t in (*tensors, self.token)]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients by the model's hidden states, weight and bias (None: not asked for)."""
+
+    hidden: Float[Tensor, "n hidden"] | None
+    weight: Float[Tensor, "vocab hidden"] | None
+    bias: Float[Tensor, " vocab"] | None
+
+
+class Sweep:
+    """The buffers of one pass and the loops over them.
+
+    Args:
+        plan: what to compute.
+        needs: whether the gradients by hidden states, weight and bias are wanted; a product that none of them needs
+            is not computed.
+    """
+
+    def __init__(self, plan: Plan, needs: tuple[bool, bool, bool] = (False, False, False)) -> None:
+        self.plan = plan
+        self.needs = needs
+        model = plan.model
+        heads = {head.key: head for target in plan.targets for head in target.leaves}
+        heads.pop(model.key, None)
+        everyone = [model, *heads.values()]
+        place = {head.key: i for i, head in enumerate(everyone)}
+
+        double = any(t.dtype == torch.float64 for head in everyone for t in (head.hidden, head.weight))
+        self.block = torch.float64 if double else torch.float32
+        self.chunk = max(1, min(chunk_tokens(plan.vocab, model.weight.shape[1], len(everyone)), model.tokens))
+        self.rows = min(block_rows(plan.vocab, model.weight.device.type), self.chunk)
+        self.sides = [
+            Side(head, plan.vocab, self.chunk, self.rows, product_dtype(head.weight), self.block) for head in everyone
+        ]
+        self.mixed = [Mixed(t, [place[leaf.key] for leaf in t.leaves], self.sides) for t in plan.targets]
+        self.values = model.hidden.new_empty(len(plan.wants), model.tokens, dtype=self.block)
+
+        hidden, weight, bias = needs
+        size = (self.rows, plan.vocab)
+        self.scratch = model.weight.new_empty(size, dtype=self.block) if any(needs) else None
+        self.gh = torch.empty_like(model.hidden) if hidden else None
+        self.gw = torch.zeros_like(model.weight, dtype=self.block) if weight else None
+        self.gb = model.weight.new_zeros(model.vocab, dtype=self.block) if bias else None
+
+    def run(self, coefficients: Coefficients | None = None) -> Float[Tensor, "wants n"]:
+        """All values; with ``coefficients``, the gradients are formed on the way."""
+        n = self.plan.model.tokens
+        # Grad mode off: buffers are written in place. Autocast off: dtypes are chosen here.
+        with torch.no_grad(), torch.autocast(self.values.device.type, enabled=False):
+            for start in range(0, n, self.chunk):
+                stop = min(start + self.chunk, n)
+                for side in self.sides:
+                    side.multiply(start, stop)
+                cuts = [(a, min(a + self.rows, stop)) for a in range(start, stop, self.rows)]
+                scales = [self._block(start, a, b, coefficients) for a, b in cuts]
+                if coefficients is not None and any(self.needs):
+                    self._products(start, stop, torch.cat(scales))
+        return self.values
+
+    def gradients(self) -> Gradients:
+        """What has been accumulated, in the dtypes of the model's own tensors."""
+        model = self.plan.model
+        weight = None if self.gw is None else self.gw.to(model.weight.dtype)
+        bias = None if self.gb is None or model.bias is None else self.gb.to(model.bias.dtype)
+        return Gradients(self.gh, weight, bias)
+
+    def _block(self, chunk: int, start: int, stop: int, coefficients: Coefficients | None) -> Float[Tensor, " rows"]:
+        """Tokens ``start`` to ``stop``: values and, in place of the model's logits, their gradient over its row scale.
+
+        The row scale (the largest coefficient) never touches the vocabulary: it multiplies the products instead, which
+        also keeps the gradient rows near 1, where half precision has its digits.
+        """
+        plan, local = self.plan, slice(start - chunk, stop - chunk)
+        sides = [side.rows(local.start, local.stop) for side in self.sides]
+        model, targets = sides[0], [mixed.rows(sides) for mixed in self.mixed]
+        token = None if plan.token is None else plan.token[start:stop]
+        rows: list[Row | None] = [None if want.target is None else targets[want.target] for want in plan.wants]
+        saved: list[Any] = []
+        values = self.values[:, start:stop]
+        for k, want in enumerate(plan.wants):
+            value, kept = want.functional.value(model, rows[k], token)
+            values[k] = value
+            saved.append(kept)
+        if coefficients is None or self.scratch is None:
+            return values.new_zeros(stop - start)
+
+        finite = torch.isfinite(values)
+        coefficient = coefficients(values, start, stop).to(self.block).masked_fill(~finite, 0)
+        scale = coefficient.abs().amax(dim=0)
+        unit = coefficient / torch.where(scale == 0, 1, scale)
+        live, whole = (unit != 0).any(dim=1).tolist(), finite.all(dim=1).tolist()
+        grad = self.scratch[: stop - start].zero_()
+        for k, want in enumerate(plan.wants):
+            if not live[k]:
+                continue
+            if whole[k]:
+                want.functional.add_gradient(grad, unit[k], model, rows[k], token, saved[k])
+            else:
+                # Rare: 0 * inf inside the functional must not reach the rows that other functionals share.
+                apart = torch.zeros_like(grad)
+                want.functional.add_gradient(apart, unit[k], model, rows[k], token, saved[k])
+                grad += apart.masked_fill_(~finite[k][:, None], 0)
+        if self.gb is not None:
+            self.gb[: plan.vocab].addmv_(grad.T, scale / plan.model.temperature)
+        self.sides[0].logits[local].copy_(grad)
+        return scale
+
+    def _products(self, start: int, stop: int, scale: Float[Tensor, " chunk"]) -> None:
+        side, vocab = self.sides[0], self.plan.vocab
+        grad = side.logits[: stop - start]
+        factor = (scale / side.temperature)[:, None]
+        if self.gh is not None:
+            self.gh[start:stop] = torch.mm(grad, side.weight).to(self.block) * factor
+        if self.gw is None:
+            return
+        # Rows of scale 0 are selected away rather than multiplied: garbage times 0 may be NaN.
+        hidden = torch.where(factor != 0, side.hidden[start:stop].to(self.block), 0)
+        if grad.dtype == self.block:
+            self.gw[:vocab].addmm_(grad.T, hidden * factor)
+            return
+        # Half precision: the sum over chunks needs float32, and the largest scale is kept out of the product.
+        top = factor.abs().amax()
+        hidden = (hidden * (factor / torch.where(top == 0, 1, top))).to(grad.dtype)
+        step = max(1, 2**22 // hidden.shape[1])
+        for a in range(0, vocab, step):
+            part = torch.mm(grad[:, a : a + step].T, hidden)
+            self.gw[a : min(a + step, vocab)].addcmul_(part.to(self.block), top)
