@@ -1,0 +1,177 @@
+"""From a directory or a hub id to a Transformers model and its tokenizer, with one clear sentence when it fails.
+
+Weights are read from safetensors only: a pickle can run code when it is read. Code that comes with a checkpoint is
+not run unless asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leibler.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer_config.json",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def is_local(source: str | Path) -> bool:
+    """Whether ``source`` names a place on this machine rather than a repository on the hub.
+
+    Anything that exists is local; so is anything that could not be a hub id (``./x``, ``/x``, ``~/x``, ``a/b/c``).
+
+    Example:
+        >>> is_local("./student"), is_local("Qwen/Qwen2.5-0.5B")
+        (True, False)
+    """
+    return isinstance(source, Path) or Path(source).expanduser().exists() or not _HUB_ID.match(source)
+
+
+def check_directory(source: str | Path) -> Path:
+    """The directory of a checkpoint that can be loaded safely, or a ``ModelError`` that says what is missing."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ModelError(
+            f"There is no directory {str(source)!r}; give a checkpoint directory or a hub id such as org/name."
+        )
+    if not path.is_dir():
+        raise ModelError(
+            f"{str(source)!r} is a file; give the directory that holds config.json, weights and tokenizer."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{str(source)!r} is not a checkpoint: it has no config.json; save one with save_pretrained.")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{str(source)!r} holds pickled weights only ({pickles[0]}), which can run code when read; "
+                "convert them with save_pretrained(..., safe_serialization=True)."
+            )
+        raise ModelError(f"{str(source)!r} has a config.json but no weights; expected model.safetensors.")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{str(source)!r} has no tokenizer; save one there with tokenizer.save_pretrained.")
+    return path
+
+
+def check_hub(source: str) -> bool:
+    """Whether the hub can be asked for ``source``; False without a network, when only a cached copy can serve.
+
+    Raises:
+        ModelError: the hub answers that the repository does not exist, is not open to us or has pickled weights only.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        # Asked first because from_pretrained goes on trying for most of a minute when there is no network.
+        files = [entry.rfilename for entry in HfApi().model_info(source, timeout=20).siblings or ()]
+    except GatedRepoError as error:
+        raise ModelError(
+            f"The hub repository {source!r} is gated; accept its terms there and run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is no directory and no public hub repository {source!r}; check the spelling."
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"The hub refused {source!r}: {first_line(error)}.") from error
+    except Exception as error:  # the transport's own errors: which they are depends on the HTTP library in use
+        if (
+            isinstance(error, (OSError, TimeoutError))
+            or "Connect" in type(error).__name__
+            or "Timeout" in type(error).__name__
+        ):
+            return False
+        raise ModelError(f"The hub could not be asked for {source!r}: {first_line(error)}.") from error
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ModelError(
+            f"The hub repository {source!r} has no safetensors weights; convert it first, pickles are not read."
+        )
+    return True
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return (text.splitlines()[0] if text else type(error).__name__).rstrip(". ")[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of Transformers while loading; the setting is put back."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def load_pretrained(
+    source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of ``source``; every failure is a ``ModelError`` of one sentence."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if is_local(source):
+        place = str(check_directory(source))
+        options["local_files_only"] = True
+    else:
+        place = str(source)
+        options["local_files_only"] = not check_hub(place)
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except (
+        Exception
+    ) as error:  # each tokenizer class raises what it likes; the user needs the sentence, we keep the cause
+        raise _explained(source, "tokenizer", error, options) from error
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+    except Exception as error:
+        raise _explained(source, "model", error, options) from error
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:  # Transformers would go on with random weights
+        raise ModelError(
+            f"The weights in {str(source)!r} are incomplete: {len(missing)} tensors such as {missing[0]!r} are missing; "
+            "copy or convert the checkpoint again."
+        )
+    return model, tokenizer
+
+
+def _explained(source: str | Path, what: str, error: Exception, options: dict[str, Any]) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return ModelError(f"{str(source)!r} brings code of its own; pass trust_remote_code=True if you trust it.")
+    if not is_local(source) and options["local_files_only"]:
+        return ModelError(
+            f"There is no directory {str(source)!r} and the hub cannot be reached (nor is a copy cached); "
+            "check the path or the network."
+        )
+    if "Unrecognized configuration class" in text:
+        return ModelError(f"{str(source)!r} is not a causal language model; Leibler trains decoder-only checkpoints.")
+    return ModelError(f"The {what} in {str(source)!r} cannot be loaded: {first_line(error)}.")

@@ -1,0 +1,371 @@
+"""A causal language model as the engine sees it: final hidden states, a head, a tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from leibler.errors import ModelError
+from leibler.policy.loading import first_line, load_pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter: each adapted weight becomes W + (alpha / rank) B A, and only A and B are trained.
+
+    Source: LoRA: Low-Rank Adaptation of Large Language Models (2022).
+
+    Args:
+        rank: rows of A.
+        alpha: strength; the update is scaled by ``alpha / rank``.
+        targets: names of the modules to adapt, such as ``("q_proj", "v_proj")``; every linear layer but the head when
+            not given.
+        dropout: on the adapter's input, in training only.
+        seed: of A (B starts at 0, so the adapted model starts as the model itself).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class CausalLM(nn.Module):
+    """A Transformers causal language model with its tokenizer, split where the vocabulary begins.
+
+    ``forward`` gives hidden states and ``head`` the matrix that turns them into logits, so that losses over the
+    vocabulary can be computed without ever holding all logits. That ``hidden @ weight.T + bias`` *is* the model's
+    logits is checked when the object is made.
+
+    Args:
+        network: a Transformers causal model, or a PEFT model around one.
+        tokenizer: its tokenizer.
+
+    Raises:
+        ModelError: logits are not a linear function of the final hidden states (soft-capping, scaling), or the
+            tokenizer has entries for which the model has none.
+    """
+
+    def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.network = network
+        self.tokenizer = tokenizer
+        # Not len(tokenizer) alone: where ids have gaps, the last entry still has to be reachable.
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+        rows = self.head()[0].shape[0]
+        if rows < self.vocab_size:
+            raise ModelError(
+                f"The tokenizer has {self.vocab_size} entries but the model only {rows}; "
+                "take the tokenizer that came with it, or call resize_token_embeddings first."
+            )
+        if tokenizer.eos_token_id is None:
+            raise ModelError("The tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
+        self._check_head()
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        adapter: Lora | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> CausalLM:
+        """Read a checkpoint from a directory or, if there is none of that name, from the hub.
+
+        Args:
+            source: a directory that holds ``config.json``, safetensors weights and a tokenizer, or a hub id.
+            dtype: of the weights.
+            trust_remote_code: run Python code that comes with the checkpoint.
+            adapter: train a low-rank adapter instead of the weights.
+            gradient_checkpointing: recompute activations in the backward pass, trading time for memory.
+
+        Raises:
+            ModelError: in one sentence, why the checkpoint cannot be used.
+        """
+        network, tokenizer = load_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        try:
+            model = cls(network, tokenizer)
+        except ModelError as error:
+            raise ModelError(f"{str(source)!r}: {error}") from error
+        if adapter is not None:
+            model = model.adapted(adapter)
+        if gradient_checkpointing:
+            model.checkpoint_gradients()
+        return model.eval()
+
+    def save(self, path: str | Path) -> None:
+        """Write a Transformers checkpoint (safetensors) with its tokenizer.
+
+        A model with an adapter is written *merged*, so that any tool can load the directory; the adapter itself is
+        written beside it, in ``adapter/``, as PEFT writes it.
+        """
+        path = Path(path)
+        network = self.causal
+        if self.has_adapter:
+            cast(Any, self.network).save_pretrained(path / "adapter")
+            network = copy.deepcopy(cast(Any, self.network)).merge_and_unload()
+        network.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def copy(self) -> CausalLM:
+        """A frozen copy: the same weights now, no gradient, evaluation mode; the tokenizer is shared."""
+        twin = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
+        return twin.requires_grad_(False).eval()
+
+    # -- the network --------------------------------------------------------------------------------------------------
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.network, "peft_config") and hasattr(self.network, "get_base_model")
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The Transformers model itself, without PEFT's wrapper (adapter layers stay in place)."""
+        network = cast(Any, self.network)
+        return network.get_base_model() if self.has_adapter else network
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head()[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head()[0].device
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence that the positions allow, if the model has such a limit."""
+        return getattr(self.causal.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's end of sequence and those of the generation settings."""
+        extra = getattr(getattr(self.causal, "generation_config", None), "eos_token_id", None)
+        extra = [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
+        return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *extra}))
+
+    def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
+        """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; it may have more rows than ``vocab_size``."""
+        head = self.causal.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise ModelError("The model has no linear output head, so its logits cannot be formed from hidden states.")
+        return weight, getattr(head, "bias", None)
+
+    def forward(
+        self, tokens: Int[Tensor, "batch time"], attention: Bool[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Hidden states after the final norm.
+
+        Padding may stand left or right: positions count the attended tokens. What comes out at padding is meaningless.
+
+        Raises:
+            ModelError: a sequence is longer than the model's context.
+        """
+        if self.context is not None and tokens.shape[1] > self.context:
+            self.check_length(int(attention.sum(1).max()))
+        return self.hidden(tokens, attention, use_cache=False).last_hidden_state
+
+    def hidden(self, tokens: Tensor, attention: Tensor | None, positions: Tensor | None = None, **options: Any) -> Any:
+        """The base model's raw output, for samplers that bring a cache; ``forward`` is this without one."""
+        if positions is None and attention is not None:
+            positions = (attention.long().cumsum(1) - 1).clamp_min(0)
+        base = self.causal.base_model
+        if positions is not None and _takes_positions(type(base)):
+            options["position_ids"] = positions
+        return base(input_ids=tokens, attention_mask=attention, **options)
+
+    def check_length(self, length: int) -> None:
+        """Raise a ``ModelError`` when a sequence of ``length`` tokens does not fit the context."""
+        if self.context is not None and length > self.context:
+            raise ModelError(
+                f"A sequence of {length} tokens exceeds the model's context of {self.context}; "
+                "shorten the prompts or lower max_new_tokens."
+            )
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass from now on."""
+        self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def adapted(self, adapter: Lora) -> CausalLM:
+        """The same model with a trainable low-rank adapter and frozen weights; the layers are replaced in place.
+
+        Raises:
+            ModelError: the targets name no module, or the head or embedding.
+        """
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if self.has_adapter:
+            raise ModelError("The model already has an adapter; save it and load the merged checkpoint first.")
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=cast(int, adapter.alpha),
+            lora_dropout=adapter.dropout,
+            target_modules=list(adapter.targets) if adapter.targets else "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        for module in (self.causal.get_output_embeddings(), self.causal.get_input_embeddings()):
+            name = next(name for name, other in self.causal.named_modules() if other is module)
+            if adapter.targets and any(name == target or name.endswith(f".{target}") for target in adapter.targets):
+                raise ModelError(
+                    f"An adapter on {name!r} (head or embedding) is not supported; leave it out of targets."
+                )
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(adapter.seed)
+                network = get_peft_model(self.causal, config)
+        except ValueError as error:
+            raise ModelError(f"The adapter does not fit the model: {first_line(error)}.") from error
+        assert not isinstance(self.causal.get_output_embeddings(), BaseTunerLayer)
+        return CausalLM(network, self.tokenizer)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Inside the block the model is what it was before its adapter: a reference that costs no memory."""
+        if not self.has_adapter:
+            raise ModelError("The model has no adapter to switch off; keep a frozen copy() as the reference.")
+        with cast(Any, self.network).disable_adapter():
+            yield
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt, with the begin token where the tokenizer adds one; never empty, never ended.
+
+        An empty prompt becomes the begin token (the end token where there is none), so that a first token has
+        something to be predicted from.
+        """
+        eos = cast(int, self.tokenizer.eos_token_id)
+        tokens = list(self.tokenizer.encode(text))
+        while len(tokens) > 1 and tokens[-1] == eos and not text.endswith(cast(str, self.tokenizer.eos_token)):
+            tokens.pop()  # some tokenizers end every text
+        begin = self.tokenizer.bos_token_id
+        return tokens or [eos if begin is None else cast(int, begin)]
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Tokens of a completion, ended by the end-of-sequence token."""
+        eos = cast(int, self.tokenizer.eos_token_id)
+        tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
+        return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+
+    def decode(self, tokens: Sequence[int] | Tensor) -> str:
+        """Text without special tokens."""
+        ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_head(self) -> None:
+        """Compare the model's logits with ``hidden @ weight.T + bias`` on a short input, with the head made loud.
+
+        Soft-capping hardly bends the small logits of an untrained model, so a hook scales the head's output to
+        several hundred first: whatever stands between the head and the logits then shows.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def louder(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen["input"], seen["plain"] = inputs[0], output
+            seen["loud"] = output * (500.0 / output.abs().max().clamp_min(1e-6))
+            return seen["loud"]
+
+        weight, bias = self.head()
+        tokens = torch.arange(min(4, self.vocab_size), device=weight.device)[None]
+        attention = torch.ones_like(tokens, dtype=torch.bool)
+        handle = cast(nn.Module, self.causal.get_output_embeddings()).register_forward_hook(louder)
+        try:
+            with evaluating(self), torch.no_grad():
+                hidden = self.forward(tokens, attention)
+                logits = self.causal(input_ids=tokens, attention_mask=attention.long(), use_cache=False).logits
+                expected = nn.functional.linear(hidden, weight, bias)
+        finally:
+            handle.remove()
+        if "loud" not in seen or hidden.shape[-1] != weight.shape[1]:
+            raise ModelError("The model does not apply its output head to the final hidden states; it cannot be used.")
+        if not torch.isfinite(logits).all():
+            raise ModelError("The model's logits are not finite on a short input; its weights are damaged.")
+        tolerance = 0.05 if weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        scale = expected.abs().max().clamp_min(1e-6)
+        linear = (seen["plain"] - expected).abs().max() <= tolerance * scale
+        untouched = (logits.float() - seen["loud"].float()).abs().max() <= tolerance * 500
+        if not (linear and untouched):
+            kind = type(self.causal).__name__
+            raise ModelError(
+                f"{kind} changes its logits after the head (soft-capping or scaling), which hidden @ W.T does not "
+                "reproduce; use a model without it."
+            )
+
+
+@functools.cache
+def _takes_positions(kind: type) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; each module's own mode is put back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def same_tokenizer(
+    a: CausalLM | PreTrainedTokenizerBase,
+    b: CausalLM | PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("student", "teacher"),
+) -> None:
+    """Check that two models mean the same by every token id, which a divergence between them needs.
+
+    Padding rows beyond the tokenizer (151,936 against 152,064) do not matter.
+
+    Raises:
+        ModelError: naming the first difference.
+    """
+    first, second = (model.tokenizer if isinstance(model, CausalLM) else model for model in (a, b))
+    if first is second:
+        return
+    left, right = first.get_vocab(), second.get_vocab()
+    remedy = f"take {names[1]} and {names[0]} of one family, or a method for different vocabularies."
+    if left != right:
+        by_id = [{number: entry for entry, number in vocabulary.items()} for vocabulary in (left, right)]
+        where = min(
+            number for number in by_id[0].keys() | by_id[1].keys() if by_id[0].get(number) != by_id[1].get(number)
+        )
+        entries = [repr(vocabulary[where]) if where in vocabulary else "nothing" for vocabulary in by_id]
+        raise ModelError(
+            f"The tokenizers differ: the {names[0]} has {len(left)} entries and the {names[1]} {len(right)}, "
+            f"and entry {where} is {entries[0]} for one and {entries[1]} for the other; {remedy}"
+        )
+    if first.eos_token_id != second.eos_token_id:
+        raise ModelError(
+            f"The tokenizers differ: the {names[0]} ends with {first.eos_token!r}, the {names[1]} with "
+            f"{second.eos_token!r}; set the same eos_token on both."
+        )
