@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ class RoomyLayer(DynamicLayer):
         self._store: tuple[Tensor, Tensor] | None = None
 
     def _reserve(self, capacity: int) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         used = self.keys.shape[-2]
         stores = []
         for states in (self.keys, self.values):
@@ -54,7 +54,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(cast(LongTensor, beam_idx))
         self._store = None  # the rows are others now; the next update makes room for them
 
 

@@ -16,7 +16,7 @@ _ONE_LEVEL = 8192
 def unnormalised(
     logits: Float[Tensor, "rows vocab"], temperature: float
 ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows vocab"]]:
-    """Logits at ``temperature`` less their maximum, and their exponentials (at most 1); float32, or float64 if given."""
+    """Logits at ``temperature`` less their maximum, and their exponentials (at most 1), in float32 at least."""
     scores = logits if logits.dtype == torch.float64 else logits.float()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature
     # exp2, not softmax: torch's float32 softmax is off by up to 8e-6 on the CPU.

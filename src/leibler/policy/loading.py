@@ -114,8 +114,8 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of Transformers while loading; the setting is put back."""
+def quiet() -> Iterator[None]:
+    """No progress bars of Transformers inside the block; the setting is put back."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
@@ -141,24 +141,25 @@ def load_pretrained(
         place = str(source)
         options["local_files_only"] = not check_hub(place)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (
         Exception
     ) as error:  # each tokenizer class raises what it likes; the user needs the sentence, we keep the cause
         raise _explained(source, "tokenizer", error, options) from error
     try:
-        with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
+            model, report = loaded
     except Exception as error:
         raise _explained(source, "model", error, options) from error
     missing = sorted(report.get("missing_keys") or ())
     if missing:  # Transformers would go on with random weights
         raise ModelError(
-            f"The weights in {str(source)!r} are incomplete: {len(missing)} tensors such as {missing[0]!r} are missing; "
-            "copy or convert the checkpoint again."
+            f"The weights in {str(source)!r} are incomplete: {len(missing)} tensors such as {missing[0]!r} "
+            "are missing; copy or convert the checkpoint again."
         )
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from leibler.errors import ModelError
-from leibler.policy.loading import first_line, load_pretrained
+from leibler.policy.loading import first_line, load_pretrained, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,7 +122,8 @@ class CausalLM(nn.Module):
         if self.has_adapter:
             cast(Any, self.network).save_pretrained(path / "adapter")
             network = copy.deepcopy(cast(Any, self.network)).merge_and_unload()
-        network.save_pretrained(path)
+        with quiet():
+            network.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     def copy(self) -> CausalLM:
@@ -168,7 +169,7 @@ class CausalLM(nn.Module):
         return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *extra}))
 
     def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
-        """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; it may have more rows than ``vocab_size``."""
+        """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``."""
         head = self.causal.get_output_embeddings()
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:

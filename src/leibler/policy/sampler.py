@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -79,7 +80,8 @@ def sample(
         >>> from leibler.policy import character_tokenizer, tiny_llama, randomness
         >>> model = tiny_llama(character_tokenizer("0123456789+="), hidden=16, layers=1, heads=2)
         >>> numbers = randomness.uniforms(0, "rollout", 0, rows=4, n=5)
-        >>> samples = sample(model, [model.encode_prompt("1+2="), model.encode_prompt("3=")], uniforms=numbers, group_size=2)
+        >>> prompts = [model.encode_prompt("1+2="), model.encode_prompt("3=")]
+        >>> samples = sample(model, prompts, uniforms=numbers, group_size=2)
         >>> samples.tokens.shape[0], bool((samples.logp <= 0).all())
         (4, True)
     """
@@ -150,7 +152,7 @@ class _Law:
     def keep(self, index: Tensor) -> None:
         """Go on with the rows ``index`` (repeats allowed)."""
         for cache in self.caches:
-            cache.reorder_cache(index)
+            cache.reorder_cache(cast(torch.LongTensor, index))
         self.attention, self.next_position = self.attention[index], self.next_position[index]
         self.states = [state[index] for state in self.states]
 

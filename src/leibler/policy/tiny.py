@@ -7,7 +7,7 @@ read back.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -148,9 +148,9 @@ def tiny_llama(
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=tie,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
     )
     with torch.random.fork_rng(devices=[]):  # Transformers draws initial weights from the global generator
         torch.manual_seed(seed)
