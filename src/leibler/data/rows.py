@@ -1,0 +1,159 @@
+"""What makes a row a record, and what is wrong with it when it is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from leibler.data.records import FIELDS, TEXT_FIELDS, Record
+
+MAX_DEPTH = 64
+"""Deeper nesting in an extra column is refused: writing it back would end in a RecursionError."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: ``reason`` is the same for every row with that fault, ``detail`` is about this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def parse_line(raw: bytes) -> Any:
+    """The JSON value on a line.
+
+    Raises:
+        BadRow: it is not UTF-8 or not JSON (NaN, Infinity and a key given twice are not).
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8; save the file as UTF-8", f"{error.reason} at byte {error.start + 1}") from error
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise BadRow(f"nested deeper than {MAX_DEPTH} levels") from error
+    except json.JSONDecodeError as error:
+        raise BadRow("not JSON; write one JSON object per line", f"{error.msg} at column {error.colno}") from error
+    except BadRow:
+        raise
+    except ValueError as error:  # a whole number with more digits than Python converts
+        raise BadRow("not JSON; write one JSON object per line", str(error)) from error
+
+
+def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
+    """The record that a row states.
+
+    Args:
+        row: a parsed row: a mapping, or already a record.
+        needs: columns that must be there.
+        source: where it stands.
+
+    Raises:
+        BadRow: something is missing, empty or of the wrong type.
+
+    Example:
+        >>> to_record({"prompt": "2+2=", "answer": 4}, ["prompt"], "a.jsonl:1").answer
+        '4'
+    """
+    if isinstance(row, Record):
+        row = {name: getattr(row, name) for name in FIELDS} | dict(row.extra)
+    if not isinstance(row, Mapping):
+        raise BadRow('not a JSON object; write an object such as {"prompt": ...}', f"it is {_kind(row)}")
+    odd = [key for key in row if not isinstance(key, str)]
+    if odd:
+        raise BadRow("a column name is not text", repr(odd[0]))
+    _check_value(row, "", 0)
+    if "prompt" not in row and ("messages" in row or "conversations" in row):
+        raise BadRow(_CHAT, "the row has 'messages' and no 'prompt'")
+    texts = {name: _text(row, name, needs) for name in TEXT_FIELDS}
+    if texts["prompt"] is None:
+        raise BadRow("'prompt' is missing")
+    answer, identity = (_scalar(row, name, needs) for name in ("answer", "id"))
+    extra = {key: value for key, value in row.items() if key not in FIELDS}
+    for name in needs:
+        if name not in FIELDS and extra.get(name) is None:
+            raise BadRow(f"'{name}' is missing")
+    if "chosen" in needs and "rejected" in needs and texts["chosen"] == texts["rejected"]:
+        raise BadRow("'chosen' and 'rejected' are the same, which is no preference")
+    return Record(
+        texts["prompt"], texts["completion"], texts["chosen"], texts["rejected"], answer, identity, source, extra
+    )
+
+
+_CHAT = (
+    "chat format; render the messages to text with tokenizer.apply_chat_template(..., tokenize=False) and write "
+    "'prompt' and 'completion'"
+)
+
+
+def _text(row: Mapping[str, Any], name: str, needs: Sequence[str]) -> str | None:
+    value = row.get(name)
+    if value is None:
+        if name in needs:
+            raise BadRow(f"'{name}' is missing")
+        return None
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, Mapping) for turn in value):
+        raise BadRow(_CHAT, f"'{name}' is a list of messages")
+    if not isinstance(value, str):
+        raise BadRow(f"'{name}' is not text", f"it is {_kind(value)}")
+    # A prompt may consist of blanks (a line of code to continue); a response of blanks says nothing.
+    if not (value if name == "prompt" else value.strip()):
+        raise BadRow(f"'{name}' is empty")
+    return value
+
+
+def _scalar(row: Mapping[str, Any], name: str, needs: Sequence[str]) -> str | None:
+    """An answer or a name: text, or a number that is kept as its text."""
+    value = row.get(name)
+    if value is None:
+        if name in needs:
+            raise BadRow(f"'{name}' is missing")
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise BadRow(f"'{name}' is neither text nor a number", f"it is {_kind(value)}")
+    text = str(value)
+    if not text.strip():
+        raise BadRow(f"'{name}' is empty")
+    return text
+
+
+def _check_value(value: Any, path: str, depth: int) -> None:
+    """Refuses what could not be written back or tokenized: NaN, half characters, bottomless nesting."""
+    if depth > MAX_DEPTH:
+        raise BadRow(f"nested deeper than {MAX_DEPTH} levels", f"in {path!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow("NaN or infinity, which are not JSON; write null", f"in {path!r}")
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow("half of a surrogate pair, which is not text", f"in {path!r} at {error.start + 1}") from error
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_value(key, path or str(key), depth + 1)
+            _check_value(item, path or str(key), depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_value(item, path, depth + 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRow("a key is given twice; keep one", repr(twice)[:80])
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadRow("NaN or infinity, which are not JSON; write null", f"it holds {name}")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

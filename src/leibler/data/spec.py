@@ -1,0 +1,93 @@
+"""The grammar of made data: ``task:addition:digits=3,n=2000,seed=1`` and ``corpus:stdlib:length=400``."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+from leibler.data.corpus import stdlib
+from leibler.data.records import Dataset
+from leibler.data.tasks import TASKS, Task
+from leibler.errors import DataError
+
+DEFAULT_N = 1000
+CORPORA: dict[str, Callable[..., Dataset]] = {"stdlib": stdlib}
+
+
+def is_made(spec: str) -> bool:
+    """Whether a specification names a task or a corpus and not a file."""
+    return spec.startswith(("task:", "corpus:"))
+
+
+def make(spec: str, limit: int | None = None) -> Dataset:
+    """The data set that a ``task:`` or ``corpus:`` specification describes.
+
+    ``task:NAME[:key=value,...]`` takes the knobs of the task, ``n`` (1000), ``seed`` (0) and ``part``
+    (``all``, ``train`` or ``heldout``); ``corpus:stdlib[:key=value,...]`` the arguments of ``stdlib``.
+
+    Raises:
+        DataError: an unknown name or knob, or a value that does not fit.
+
+    Example:
+        >>> make("task:addition:digits=1,n=2").name
+        'task:addition:digits=1,n=2,seed=0'
+        >>> make("task:adition")
+        Traceback (most recent call last):
+        leibler.errors.DataError: there is no task 'adition' in 'task:adition' (did you mean 'addition'?); the tasks \
+are addition, countdown, brackets.
+    """
+    family, _, rest = spec.partition(":")
+    name, _, text = rest.partition(":")
+    known: Iterable[str] = TASKS if family == "task" else CORPORA
+    if name not in known:
+        noun, nouns = ("task", "tasks") if family == "task" else ("corpus", "corpora")
+        raise DataError(
+            f"there is no {noun} {name!r} in {spec!r}{_hint(name, known)}; the {nouns} are {', '.join(known)}."
+        )
+    if family == "task":
+        kinds = {f.name: type(f.default) for f in fields(TASKS[name])}  # type: ignore[arg-type]
+        values = _values(spec, text, kinds | {"n": int, "seed": int, "part": str})
+        drawn = {key: values.pop(key) for key in ("seed", "part") if key in values}
+        n = values.pop("n", DEFAULT_N if limit is None else limit)
+        task: Task = TASKS[name](**values)
+        return task.dataset(n if limit is None else min(n, limit), **drawn)
+    parameters = inspect.signature(CORPORA[name]).parameters.values()
+    kinds = {p.name: int if p.default is None else type(p.default) for p in parameters if p.name != "root"}
+    values = _values(spec, text, kinds)
+    if limit is not None:
+        values["limit"] = min(limit, values.get("limit", limit))
+    return CORPORA[name](**values)
+
+
+def _values(spec: str, text: str, kinds: dict[str, type]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise DataError(f"{pair!r} in {spec!r} is not of the form key=value; write for instance seed=1.")
+        if key not in kinds:
+            raise DataError(f"{spec!r} has no knob {key!r}{_hint(key, kinds)}; the knobs are {', '.join(kinds)}.")
+        if key in values:
+            raise DataError(f"{spec!r} gives {key!r} twice; keep one of them.")
+        values[key] = _value(spec, key, value, kinds[key])
+    return values
+
+
+def _value(spec: str, key: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise DataError(f"{key}={text} in {spec!r} is neither true nor false; write one of the two.")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        noun = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise DataError(f"{key}={text} in {spec!r} is not {noun}; give one.") from error
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
