@@ -1,0 +1,190 @@
+"""The base of every divergence: blocks of rows, one custom autograd Function, infinite rows, masked rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from leibler.divergence.rows import FLOOR, LOG2E, Row
+from leibler.errors import RecipeError
+
+HUGE = 1e20
+"""Finite values beyond this come from ``FLOOR`` and mean infinity."""
+_BLOCK = 2**19
+
+
+def block_rows(vocab: int) -> int:
+    """Rows per block such that a block of float32 takes 1 to 2 MB and stays in the processor's cache."""
+    return max(2, min(64, _BLOCK // max(vocab, 1)))
+
+
+def to_row(logits: Float[Tensor, "rows vocab"], scale: float = 1.0) -> Row:
+    """A ``Row`` of natural logits times ``scale``: float32 at least, base 2, ``FLOOR`` in place of -inf."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Clamping last also catches logits (such as finfo.min) that overflow to -inf when they are scaled.
+    return Row((logits.to(dtype) * (LOG2E * scale)).clamp_(min=FLOOR))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the model's row ``p`` is from the target's row ``q``, in nats; final classes supply the formula.
+
+    A divergence is callable on logits, and a ``Functional`` for the fused head (``value`` / ``add_gradient``).
+    Beyond these *vocabulary sums* it may offer the *scalar generator* of an f-divergence, ``f(log_u)`` and
+    ``f_prime(log_u)`` with ``u = p / q`` and ``D = E_q[f(u)]``, and the *inverse conjugate*. Asking for a
+    capability that is missing raises ``RecipeError``.
+
+    Subclasses implement ``_value`` and ``_add_gradient``; this class sees to infinite rows: their value is inf
+    and their gradient 0.
+    """
+
+    @property
+    def needs_target(self) -> bool:
+        return True
+
+    # --- the functional -------------------------------------------------------------------------------------------
+    def value(
+        self, model: Row, target: Row | None, token: Int[Tensor, " rows"] | None = None
+    ) -> tuple[Float[Tensor, " rows"], Any]:
+        """Values of a block of rows, and what ``add_gradient`` wants to see again."""
+        if target is None:
+            raise RecipeError(f"{type(self).__name__} compares two rows: give it a target.")
+        values, saved = self._value(model, target)
+        infinite = values > HUGE
+        if bool(infinite.any()):
+            return values.masked_fill(infinite, torch.inf), (infinite, saved)
+        return values, (None, saved)
+
+    def add_gradient(
+        self,
+        grad: Float[Tensor, "rows vocab"],
+        coefficient: Float[Tensor, " rows"],
+        model: Row,
+        target: Row | None,
+        token: Int[Tensor, " rows"] | None,
+        saved: Any,
+    ) -> None:
+        """Add ``coefficient[:, None] * d value / d logits`` (natural logits) to ``grad``; infinite rows add 0."""
+        assert target is not None
+        infinite, inner = saved
+        if infinite is not None:
+            coefficient = coefficient.masked_fill(infinite, 0.0)
+        self._add_gradient(grad, coefficient.unsqueeze(-1), model, target, inner)
+
+    def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
+        raise NotImplementedError(f"{type(self).__name__} must implement _value")
+
+    def _add_gradient(
+        self,
+        grad: Float[Tensor, "rows vocab"],
+        coefficient: Float[Tensor, "rows 1"],
+        model: Row,
+        target: Row,
+        saved: Any,
+    ) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must implement _add_gradient")
+
+    # --- optional capabilities ------------------------------------------------------------------------------------
+    def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Generator at ``u = exp(log_u)``, with ``D = E_q[f(p / q)]``."""
+        raise RecipeError(f"{type(self).__name__} is not an f-divergence and has no generator f: choose one that is.")
+
+    def f_prime(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Derivative of the generator by ``u``, at ``u = exp(log_u)``."""
+        raise RecipeError(f"{type(self).__name__} is not an f-divergence and has no generator f: choose one that is.")
+
+    @property
+    def inadmissible(self) -> str | None:
+        """Why ``f_prime`` cannot serve as an implicit reward, or ``None`` where it can."""
+        return f"{type(self).__name__} is not an f-divergence"
+
+    def inverse_conjugate(self, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Inverse of the convex conjugate ``f*`` of the generator."""
+        raise RecipeError(f"{type(self).__name__} has no inverse conjugate in closed form: choose one that has.")
+
+    def swapped(self) -> Divergence:
+        """The divergence with its arguments exchanged, as a function of the model: ``D(q, p)``."""
+        raise RecipeError(f"{type(self).__name__} does not say what it is with its arguments exchanged: define swapped().")
+
+    # --- on logits ------------------------------------------------------------------------------------------------
+    def __call__(
+        self,
+        model_logits: Float[Tensor, "*batch vocab"],
+        target_logits: Float[Tensor, "*batch vocab"],
+        temperature: float = 1.0,
+        mask: Bool[Tensor, "*batch"] | None = None,
+    ) -> Float[Tensor, "*batch"]:
+        """The divergence of ``softmax(model_logits / temperature)`` and ``softmax(target_logits / temperature)``.
+
+        Args:
+            model_logits: ``[..., vocab]``, any float dtype; -inf excludes an entry.
+            target_logits: ``[..., vocab]``, broadcast against the model's; never differentiated.
+            temperature: divides both logits.
+            mask: ``[...]`` bool; rows where it is False give exactly 0 and receive exactly 0 gradient.
+
+        Returns:
+            ``[...]`` nats, float32 (float64 for float64 input), differentiable once in the model's logits. A row
+            that is infinite has gradient 0.
+
+        Raises:
+            RecipeError: the vocabularies, the temperature or the mask do not fit.
+        """
+        if model_logits.shape[-1:] != target_logits.shape[-1:]:
+            raise RecipeError(
+                f"Model and target have {_last(model_logits)} and {_last(target_logits)} vocabulary entries: "
+                "slice both logits to the entries that they share."
+            )
+        if not temperature > 0:
+            raise RecipeError(f"The temperature is {temperature}: it must be positive.")
+        model_logits, target_logits = torch.broadcast_tensors(model_logits, target_logits)
+        shape = model_logits.shape[:-1]
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+            raise RecipeError(
+                f"The mask is {mask.dtype} of shape {list(mask.shape)}: give bool of shape {list(shape)}, one per row."
+            )
+        model, target = model_logits.flatten(0, -2), target_logits.detach().flatten(0, -2)
+        if model_logits.dim() == 1:
+            model, target = model_logits[None], target_logits.detach()[None]
+        if mask is None:
+            return _Rows.apply(self, model, target, 1.0 / temperature).reshape(shape)
+        # Masked rows are removed, not multiplied by 0, so that garbage in them (NaN too) cannot leak.
+        index = mask.reshape(-1).nonzero().squeeze(-1)
+        values = _Rows.apply(self, model[index], target[index], 1.0 / temperature)
+        return values.new_zeros(model.shape[0]).index_copy(0, index, values).reshape(shape)
+
+
+def _last(tensor: Tensor) -> int | str:
+    return tensor.shape[-1] if tensor.dim() else "no"
+
+
+class _Rows(torch.autograd.Function):
+    """Values of all rows; each row depends on its own logits only, so the gradient is formed in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, divergence: Divergence, model: Tensor, target: Tensor, scale: float) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(model.dtype, target.dtype), torch.float32)
+        count, vocab = model.shape
+        values = model.new_zeros(count, dtype=dtype)
+        wanted = ctx.needs_input_grad[1]
+        gradient = model.new_zeros((count, vocab), dtype=dtype) if wanted else None
+        step = block_rows(vocab)
+        for start in range(0, count, step):
+            block = slice(start, start + step)
+            p, q = to_row(model[block].to(dtype), scale), to_row(target[block].to(dtype), scale)
+            values[block], saved = divergence.value(p, q, None)
+            if gradient is not None:
+                piece = gradient[block]
+                divergence.add_gradient(piece, piece.new_full((piece.shape[0],), scale), p, q, None, saved)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.to(model.dtype))
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, (gradient * upstream.unsqueeze(-1)).to(gradient.dtype), None, None
