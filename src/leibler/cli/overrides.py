@@ -47,14 +47,23 @@ def split(arguments: Iterable[str]) -> dict[str, str]:
     return out
 
 
-def unknown(key: str, known: Iterable[str], prefix: str = "") -> RecipeError:
-    """The error for a key that does not exist: the nearest ones, then all."""
+def unknown(key: str, known: Iterable[str], prefix: str = "", listed: Iterable[str] | None = None) -> RecipeError:
+    """The error for a key that does not exist.
+
+    Args:
+        key: what was asked for.
+        known: everything that could have been meant; the nearest are suggested.
+        prefix: what stands before all of these keys.
+        listed: what the message lists as known (by default, everything known).
+    """
     known = list(known)
-    near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    if not near:  # a name known elsewhere under a longer path
+    near = difflib.get_close_matches(key, known, n=2, cutoff=0.6)
+    if not near:  # the right name in the wrong place
         near = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:2]
     hint = f" (did you mean {' or '.join(prefix + n for n in near)}?)" if near else ""
-    return RecipeError(f"{prefix}{key} is not a known key{hint}; known here: {', '.join(known) or 'none'}.")
+    listing = ", ".join(known if listed is None else listed) or "none"
+    where = f"under {prefix[:-1]}" if prefix else "keys"
+    return RecipeError(f"{prefix}{key} is not a known key{hint}; known {where}: {listing}.")
 
 
 def hints(of: Any) -> dict[str, Any]:
@@ -62,7 +71,10 @@ def hints(of: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(of)
     except (NameError, TypeError, AttributeError, SyntaxError):
-        pass  # some annotation names what is imported for type checkers only: take them one at a time
+        return _hints_one_by_one(of)  # some annotation names what is imported for type checkers only
+
+
+def _hints_one_by_one(of: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for base in reversed(inspect.getmro(of)) if inspect.isclass(of) else [inspect.unwrap(of)]:
         module = inspect.getmodule(base)
@@ -95,7 +107,7 @@ def describe(annotation: Any) -> str:
         return plain[annotation]
     if annotation in (None, type(None)):
         return "none"
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin, arguments = typing.get_origin(annotation), tuple(typing.get_args(annotation))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in (Union, types.UnionType):
@@ -103,8 +115,7 @@ def describe(annotation: Any) -> str:
     if origin is typing.Annotated:
         return describe(arguments[0])
     if _is_sequence(origin or annotation):
-        inner = [a for a in arguments if a is not Ellipsis]
-        return f"a comma-separated list of {describe(inner[0])}" if inner else "a comma-separated list"
+        return f"a comma-separated list of {describe(arguments[0])}" if arguments else "a comma-separated list"
     if _is_mapping(origin or annotation):
         return "a mapping such as {a: 1}"
     return f"a part such as {annotation.__name__}(...)" if inspect.isclass(annotation) else "a value"
@@ -346,57 +357,75 @@ def paths(value: Any, prefix: str = "", depth: int = 6) -> list[str]:
     return out
 
 
-def replace(value: Any, path: str, text: str, key: str | None = None) -> Any:
-    """A copy of a nested frozen value with another number, word or part at a dotted path.
+def replace(value: Any, changes: Mapping[str, str], prefix: str = "") -> Any:
+    """A copy of a nested frozen value with other numbers, words or parts at dotted paths.
+
+    All changes are made together, so a value whose parts must fit each other is checked once, with all of them. A
+    change inside a part that is itself replaced applies to the new part.
 
     Args:
-        value: dataclasses, mappings, tuples and lists within each other; unchanged.
-        path: for example ``objective.terms.0.coefficient``.
-        text: the new value, read as the type that the place is annotated with.
-        key: what messages call the place; the path by default.
+        value: dataclasses, mappings, tuples and lists within each other; not changed itself.
+        changes: text by dotted path, for example ``{"objective.terms.0.coefficient": "0.5"}``; each is read as the
+            type that its place is annotated with.
+        prefix: what messages put before a path.
 
     Raises:
-        RecipeError: no such place, or text of another type.
+        RecipeError: no such place, text of another type, or parts that do not fit together.
     """
-    return _replace(value, path.split("."), text, key or path, value, UNKNOWN)
+    tree: _Tree = {}
+    for path, text in changes.items():
+        node = tree
+        for name in path.split("."):
+            node = node.setdefault(name, {})  # type: ignore[assignment]
+        node[None] = text
+    return _replace(value, tree, prefix.rstrip("."), UNKNOWN)
 
 
-def _replace(value: Any, path: list[str], text: str, key: str, root: Any, annotation: Any) -> Any:
-    if not path:
-        if annotation is UNKNOWN and value is not None:
-            annotation = type(value) if isinstance(value, (bool, int, float, str, Path)) else UNKNOWN
-        return convert(text, annotation, key)
-    name, rest = path[0], path[1:]
-    inside = children(value)
-    if name not in inside:
-        done = key[: len(key) - len(".".join(path))]
-        if inside:
-            raise unknown(".".join(path), inside, done)
-        raise RecipeError(f"{key} is not a known key: {done.rstrip('.')} is {value!r}, which has no parts.")
-    new = _replace(inside[name], rest, text, key, root, _annotation(value, name))
+_Tree = dict[str | None, Any]
+"""Changes by the next name of their path; under None, the text for this very place."""
+
+
+def _replace(value: Any, tree: _Tree, key: str, annotation: Any) -> Any:
+    if None in tree:
+        if annotation is UNKNOWN and isinstance(value, (bool, int, float, str, Path)):
+            annotation = type(value)
+        value = convert(tree[None], annotation, key)
+    below = {name: subtree for name, subtree in tree.items() if name is not None}
+    if not below:
+        return value
+    inside, prefix = children(value), f"{key}." if key else ""
+    for name in below:
+        if name not in inside and inside:
+            raise unknown(_longest(name, below[name]), paths(value) if len(inside) < 12 else inside, prefix, inside)
+        if name not in inside:
+            raise RecipeError(f"{prefix}{name} is not a known key: {key} is {value!r}, which has no parts.")
+    known = hints(type(value)) if dataclasses.is_dataclass(value) else {}
+    new = {n: _replace(inside[n], subtree, prefix + n, known.get(n, UNKNOWN)) for n, subtree in below.items()}
     if isinstance(value, Mapping):
-        actual = next(k for k in value if str(k) == name)
-        return type(value)({**value, actual: new})  # type: ignore[call-arg]
+        return {k: new.get(str(k), v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        items = list(value)
-        items[int(name)] = new
-        return type(value)(items)
-    return _with_field(value, name, new)
+        return type(value)(new.get(str(i), v) for i, v in enumerate(value))
+    return _with_fields(value, new)
 
 
-def _annotation(value: Any, name: str) -> Any:
-    return hints(type(value)).get(name, UNKNOWN) if dataclasses.is_dataclass(value) else UNKNOWN
+def _longest(name: str, tree: _Tree) -> str:
+    """The path that was asked for, from an unknown name on: what the nearest known paths are compared with."""
+    while tree and None not in tree:
+        below, tree = next(iter(tree.items()))
+        name = f"{name}.{below}"
+    return name
 
 
-def _with_field(value: Any, name: str, new: Any) -> Any:
-    field = next(f for f in dataclasses.fields(value) if f.name == name)
-    if field.init and type(value).__dataclass_params__.init:
-        return dataclasses.replace(value, **{name: new})
-    # A class with its own __init__ (say, one that takes its terms as arguments): a copy, checked as a new one is.
+def _with_fields(value: Any, new: dict[str, Any]) -> Any:
+    own = {f.name for f in dataclasses.fields(value)}
+    if all(f.init for f in dataclasses.fields(value)) and set(inspect.signature(type(value)).parameters) >= set(new):
+        return dataclasses.replace(value, **new)
+    # A class whose own __init__ does not take these fields by name: a copy, checked as a new one is.
     other = copy.copy(value)
-    for cached in [n for n in vars(other) if n not in {f.name for f in dataclasses.fields(value)}]:
-        object.__delattr__(other, cached)
-    object.__setattr__(other, name, new)
+    for name in set(vars(other)) - own:  # what was computed from the old fields
+        object.__delattr__(other, name)
+    for name, part in new.items():
+        object.__setattr__(other, name, part)
     if hasattr(other, "__post_init__"):
         other.__post_init__()
     return other

@@ -43,7 +43,7 @@ def find(slug: str) -> Method:
         >>> find("minilm")
         Traceback (most recent call last):
         ...
-        leibler.errors.RecipeError: 'minilm' is not a known method (did you mean minillm or distillm?); see `leibler methods`.
+        leibler.errors.RecipeError: 'minilm' is not a known method (did you mean minillm or distillm?)...
     """
     if slug in METHODS:
         return METHODS[slug]

@@ -1,0 +1,5 @@
+"""``python -m leibler``: the command line."""
+
+from leibler.cli import main
+
+main()
