@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leibler.divergence.rows import FLOOR, LOG2E, Row
+from leibler.divergence.rows import FLOOR, LOG2E, OUTSIDE, Row
 from leibler.fused.operands import Linear, TargetRows
 
 CHUNKS = (1024, 512, 256, 128)
@@ -114,7 +114,7 @@ class Mixed:
             return leaves[0]
         scores = self.combine(tuple(row.logits - row.normaliser for row in leaves))
         # -inf, or a part of a floor (c * FLOOR, 0 < c < 1), is no probability at all.
-        scores = torch.nn.functional.threshold(scores, FLOOR * 1e-3, FLOOR)
+        scores = torch.nn.functional.threshold(scores, OUTSIDE, FLOOR)
         if self.outside is not None:
             scores = scores.masked_fill(self.outside, FLOOR)
         return Row(scores)

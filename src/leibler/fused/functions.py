@@ -147,7 +147,8 @@ def _plan(
     token: Tensor | None,
     vocab: int | None,
 ) -> Plan:
-    return Plan(model, tuple(wants), tuple(targets), token, check(model, wants, targets, token, vocab))
+    entries = check(model, wants, targets, token, vocab)
+    return Plan(model, tuple(wants), tuple(targets), None if token is None else token.long(), entries)
 
 
 def _needs(model: Linear) -> tuple[bool, bool, bool]:

@@ -1,0 +1,415 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fused.helpers import (
+    ByAutograd,
+    Entropy,
+    Forward,
+    Products,
+    Reverse,
+    Sampled,
+    assert_close,
+    dense_logp,
+    entropy,
+    forward,
+    grads,
+    heads,
+    parameters,
+    reverse,
+    sampled,
+)
+from leibler.errors import RecipeError, RunError
+from leibler.fused import Linear, TargetRows, Want, functionals, one_pass, support_violations
+from leibler.fused import sweep as sweep_module
+
+FOUR = [Want(Sampled), Want(Entropy), Want(Reverse, 0), Want(Forward, 0)]
+EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+
+
+def four(model: Linear, target: TargetRows, token: Tensor) -> Tensor:
+    """The four functionals of ``FOUR`` from dense float64 logits."""
+    lp, lq = dense_logp(model), dense_logp(target.leaves[0])
+    return torch.stack([sampled(lp, lq, token), entropy(lp, lq, token), reverse(lp, lq, token), forward(lp, lq, token)])
+
+
+def ppo(old: Tensor, advantage: Tensor, weight: Tensor):
+    """A PPO-clip surrogate with an entropy bonus and two divergences: separable, not linear in the values."""
+
+    def loss(values: Tensor, index: Tensor) -> Tensor:
+        lp, h, rkl, fkl = values
+        ratio = (lp - old[index].to(lp)).exp()
+        a = advantage[index].to(lp)
+        surrogate = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        return weight[index].to(lp) * (surrogate - 0.1 * h + 0.5 * rkl + 0.2 * fkl.square())
+
+    return loss
+
+
+def setting(n: int, token_seed: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(token_seed)
+    weight = torch.rand(n, generator=g) * (torch.rand(n, generator=g) > 0.3)
+    return torch.randn(n, generator=g) - 3, torch.randn(n, generator=g), weight / max(n, 1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch):
+    def use(chunk: int, rows: int) -> None:
+        monkeypatch.setattr(sweep_module, "chunk_tokens", lambda *a, **k: chunk)
+        monkeypatch.setattr(sweep_module, "block_rows", lambda *a, **k: rows)
+
+    return use
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_equal_dense_autograd(dtype: torch.dtype, temperature: float, bias: bool) -> None:
+    model, target, token = heads(dtype=dtype, temperature=temperature, bias=bias)
+    expected = four(model, target, token)
+    # Rounded logits are wrong by eps * max|logit|, so everything after them is, too.
+    size = max(1.0, dense_logp(model).abs().max().item(), dense_logp(target.leaves[0]).abs().max().item())
+    tolerance = EPS[dtype] * size
+    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    values = functionals(model, FOUR, [target], token=token)
+    assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(values, expected, tolerance)
+    got = grads((values * cotangent.to(values.dtype)).sum(), model)
+    assert [g.dtype for g in got] == [p.dtype for p in parameters(model)]
+    assert_close(got, grads((expected * cotangent).sum(), model), tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+def test_one_pass_equals_functionals_and_dense_autograd_for_a_ppo_loss(dtype: torch.dtype) -> None:
+    model, target, token = heads(n=41, dtype=dtype)
+    loss = ppo(*setting(41))
+    everything = torch.arange(41)
+    total, values = one_pass(model, FOUR, [target], loss, token=token)
+    again = functionals(model, FOUR, [target], token=token)
+    assert torch.equal(values, again.detach())
+    assert not values.requires_grad
+    expected = loss(four(model, target, token), everything).sum()
+    one, two, judge = (grads(x, model) for x in (total, loss(again, everything).sum(), expected))
+    same = 1e-12 if dtype == torch.float64 else max(1e-5, EPS[dtype] / 4)
+    assert_close(total.detach(), expected.detach(), EPS[dtype] * 20)
+    assert_close(one, two, same)
+    assert_close(one, judge, EPS[dtype] * 20)
+
+
+@given(n=st.integers(0, 19), chunk=st.integers(1, 9), rows=st.integers(1, 5))
+@settings(deadline=None, max_examples=25)
+def test_no_cut_into_chunks_and_blocks_changes_anything(n: int, chunk: int, rows: int) -> None:
+    model, target, token = heads(n=n)
+    loss = ppo(*setting(n))
+    expected = grads(loss(four(model, target, token), torch.arange(n)).sum(), model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_module, "chunk_tokens", lambda *a, **k: chunk)
+        patch.setattr(sweep_module, "block_rows", lambda *a, **k: rows)
+        total, _ = one_pass(model, FOUR, [target], loss, token=token)
+        values = functionals(model, FOUR, [target], token=token)
+        two = loss(values, torch.arange(n)).sum()
+        assert_close(grads(total, model), expected, 1e-12)
+        assert_close(grads(two, model), expected, 1e-12)
+
+
+def test_coupled_losses_are_exact(small_blocks) -> None:
+    """A sequence ratio and a variance: the cotangent of each token depends on all others."""
+    small_blocks(7, 3)
+    model, target, token = heads()
+
+    def coupled(v: Tensor) -> Tensor:
+        return v[0].mean().exp() * v[2].var() + (v[3] * v[1].flip(0)).sum().sin()
+
+    got = grads(coupled(functionals(model, FOUR, [target], token=token)), model)
+    assert_close(got, grads(coupled(four(model, target, token)), model), 1e-11)
+
+
+def test_backward_twice_is_exact_for_functionals_and_an_error_for_one_pass() -> None:
+    model, target, token = heads()
+    values = functionals(model, FOUR, [target], token=token)
+    first = torch.autograd.grad(values.sum(), parameters(model), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, grads(values.sum(), model), strict=True))
+    total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+    total.backward(retain_graph=True)
+    with pytest.raises(RunError, match="functionals"):
+        total.backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.7, 0.0])
+def test_upstream_scale_and_accumulation(scale: float) -> None:
+    model, target, token = heads()
+    for p in parameters(model):
+        p.grad = torch.ones_like(p)
+    total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+    (scale * total).backward()
+    expected = grads(scale * four(model, target, token).sum(), model)
+    assert_close([p.grad - 1 for p in parameters(model)], expected, 1e-12)  # type: ignore[operator]
+
+
+def test_a_tied_embedding_gets_both_gradients() -> None:
+    g = torch.Generator().manual_seed(1)
+    embedding = torch.randn(13, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    _, target, token = heads(bias=False)
+    ids = torch.randint(0, 13, (23,), generator=g)
+
+    def through(fused: bool) -> Tensor:
+        model = Linear(torch.tanh(embedding[ids]), embedding, None, 0.7)
+        if fused:
+            total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+            return total * 2 + embedding.square().sum()
+        return four(model, target, token).sum() * 2 + embedding.square().sum()
+
+    got, expected = (torch.autograd.grad(through(fused), embedding)[0] for fused in (True, False))
+    assert_close(got, expected, 1e-12)
+
+
+def test_several_targets_and_expressions_over_them() -> None:
+    model, first, token = heads(seed=0)
+    _, second, _ = heads(seed=9, temperature=1.3)
+    a, b = first.leaves[0], second.leaves[0]
+    mixture = TargetRows((a, b), lambda rows: torch.log2(0.3 * rows[0].exp2() + 0.7 * rows[1].exp2()))
+    delta = TargetRows((a, b), lambda rows: 1.5 * rows[0] - 0.5 * rows[1])
+    cold = TargetRows((b,), lambda rows: rows[0] / 0.5)
+    selfish = TargetRows((model, a), lambda rows: (rows[0] + rows[1]) / 2)
+    wants = [Want(Reverse, k) for k in range(5)] + [Want(Forward, 3), Want(Sampled)]
+    values = functionals(model, wants, [first, mixture, delta, cold, selfish], token=token)
+
+    lp, la, lb = dense_logp(model), dense_logp(a), dense_logp(b)
+    laws = [
+        la,
+        (0.3 * la.exp() + 0.7 * lb.exp()).log(),
+        (1.5 * la - 0.5 * lb).log_softmax(-1),
+        (lb / 0.5).log_softmax(-1),
+        ((lp.detach() + la) / 2).log_softmax(-1),
+    ]
+    expected = torch.stack(
+        [*(reverse(lp, law, None) for law in laws), forward(lp, laws[3], None), sampled(lp, None, token)]
+    )
+    assert_close(values, expected, 1e-12)
+    cotangent = torch.randn(7, 23, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert_close(grads((values * cotangent).sum(), model), grads((expected * cotangent).sum(), model), 1e-12)
+
+
+def test_a_shared_leaf_is_multiplied_once() -> None:
+    model, target, _ = heads(bias=False)
+    leaf = target.leaves[0]
+    twice = [target, TargetRows((leaf, leaf), lambda rows: rows[0] + rows[1]), TargetRows((model,))]
+    with Products() as products, torch.no_grad():
+        functionals(model, [Want(Reverse, k) for k in range(3)], twice)
+    assert products.count == 23 * 13 * (6 + 12)
+
+
+@pytest.mark.parametrize("frozen", ["", "head", "hidden", "all"])
+@pytest.mark.parametrize("engine", ["functionals", "one_pass"])
+def test_no_product_is_computed_for_what_is_frozen(frozen: str, engine: str) -> None:
+    model, target, token = heads()
+    hidden, head = frozen not in ("hidden", "all"), frozen not in ("head", "all")
+    model.hidden.requires_grad_(hidden)
+    model.weight.requires_grad_(head)
+    assert model.bias is not None
+    model.bias.requires_grad_(head)
+    one, both = 23 * 13 * 6, 23 * 13 * (6 + 12)
+    with Products() as products:
+        if engine == "functionals":
+            out = functionals(model, FOUR, [target], token=token).sum()
+            again = both if hidden or head else 0
+        else:
+            out, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+            again = 0
+        if hidden or head:
+            out.backward()
+    assert products.count == both + again + one * (hidden + head)
+    assert out.requires_grad == (hidden or head)
+    assert (model.hidden.grad is not None, model.weight.grad is not None) == (hidden, head)
+
+
+def test_values_alone_under_no_grad() -> None:
+    model, target, token = heads()
+    expected = four(model, target, token)
+    with Products() as products, torch.no_grad():
+        values = functionals(model, FOUR, [target], token=token)
+        total, same = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+    assert products.count == 2 * 23 * 13 * (6 + 12)
+    assert not values.requires_grad
+    assert not total.requires_grad
+    assert torch.equal(values, same)
+    assert_close(values, expected, 1e-12)
+    assert_close(total, expected.sum(), 1e-12)
+
+
+def test_padding_beyond_vocab_is_left_out_on_both_sides() -> None:
+    model, target, token = heads(vocab=16, target_vocab=19)
+    leaf = target.leaves[0]
+    token = token % 13
+    values = functionals(model, FOUR, [target], token=token, vocab=13)
+    lp, lq = dense_logp(model, 13), dense_logp(leaf, 13)
+    expected = torch.stack([f(lp, lq, token) for f in (sampled, entropy, reverse, forward)])
+    assert_close(values, expected, 1e-12)
+    got = grads(values.sum(), model)
+    assert_close(got, grads(expected.sum(), model), 1e-12)
+    assert got[1][13:].abs().max() == 0
+    assert got[2][13:].abs().max() == 0
+
+
+def test_tokens_out_of_both_supports_change_nothing() -> None:
+    model, target, token = heads()
+    leaf = target.leaves[0]
+    assert model.bias is not None
+    assert leaf.bias is not None
+    with torch.no_grad():
+        model.bias[[2, 7]] = -math.inf
+        leaf.bias[[2, 7]] = -math.inf
+    token = torch.where((token == 2) | (token == 7), 0, token)
+    keep = [v for v in range(13) if v not in (2, 7)]
+    loglinear = TargetRows((leaf,), lambda rows: 0.4 * rows[0])
+    squared = TargetRows((leaf, model), lambda rows: 2 * rows[0] - rows[1])
+    wants = [*FOUR, Want(Reverse, 1), Want(Reverse, 2)]
+    values = functionals(model, wants, [target, loglinear, squared], token=token)
+
+    def small(head: Linear) -> Linear:
+        assert head.bias is not None
+        return Linear(head.hidden, head.weight[keep], head.bias[keep], head.temperature)
+
+    lp, lq = dense_logp(small(model)), dense_logp(small(leaf))
+    renumbered = torch.tensor([keep.index(int(t)) for t in token])
+    expected = torch.stack(
+        [
+            *(f(lp, lq, renumbered) for f in (sampled, entropy, reverse, forward)),
+            reverse(lp, (0.4 * lq).log_softmax(-1), None),
+            reverse(lp, (2 * lq - lp.detach()).log_softmax(-1), None),
+        ]
+    )
+    assert_close(values, expected, 1e-12)
+    got = grads(values.sum(), model)
+    assert_close(got, grads(expected.sum(), model), 1e-12)
+    assert got[1][[2, 7]].abs().max() == 0
+
+
+def test_a_token_outside_the_targets_support_is_infinite_and_gets_no_gradient_from_that_functional() -> None:
+    model, target, token = heads()
+    leaf = target.leaves[0]
+    assert leaf.bias is not None
+    leaf.bias[4] = -math.inf
+    values = functionals(model, FOUR, [target], token=token)
+    assert torch.isinf(values[2]).all()
+    assert torch.isfinite(values[[0, 1, 3]]).all()
+    assert support_violations(values).tolist() == [0, 0, 23, 0]
+    assert int(support_violations(values[2])) == 23
+    lp, lq = dense_logp(model), dense_logp(leaf)
+    others = torch.stack([sampled(lp, None, token), entropy(lp, None, token), forward(lp, lq, token)])
+    assert_close(grads(values.sum(), model), grads(others.sum(), model), 1e-12)
+
+
+def _poisoned(functional: ByAutograd, bad: Tensor) -> ByAutograd:
+    """Infinite with a NaN gradient where the sampled token is in ``bad``."""
+
+    def fn(lp: Tensor, lq: Tensor | None, token: Tensor | None) -> Tensor:
+        out = functional.fn(lp, lq, token)
+        assert token is not None
+        return out * torch.where(torch.isin(token, bad), torch.inf, 1.0)
+
+    return ByAutograd(fn, functional.needs_target)
+
+
+def test_a_broken_gradient_of_one_functional_does_not_reach_the_others(small_blocks) -> None:
+    small_blocks(7, 3)
+    model, target, token = heads()
+    bad = torch.tensor([0, 1, 2])
+    hit = torch.isin(token, bad)
+    assert 0 < int(hit.sum()) < 23
+    values = functionals(model, [Want(_poisoned(Reverse, bad), 0), Want(Entropy)], [target], token=token)
+    assert torch.equal(~torch.isfinite(values[0]), hit)
+    lp, lq = dense_logp(model), dense_logp(target.leaves[0])
+    expected = reverse(lp, lq, None)[~hit].sum() + entropy(lp, None, None).sum()
+    assert_close(grads(values.sum(), model), grads(expected, model), 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["functionals", "one_pass"])
+def test_garbage_in_tokens_of_coefficient_zero_changes_nothing(engine: str) -> None:
+    model, target, token = heads()
+    off = torch.zeros(23, dtype=torch.bool)
+    off[[0, 5, 22]] = True
+
+    def gradient(model: Linear) -> list[Tensor]:
+        def loss(values: Tensor, index: Tensor) -> Tensor:
+            return torch.where(off[index], 0, values.sum(0))
+
+        if engine == "one_pass":
+            total, _ = one_pass(model, FOUR, [target], loss, token=token)
+        else:
+            total = loss(functionals(model, FOUR, [target], token=token), torch.arange(23)).sum()
+        assert torch.isfinite(total)
+        return grads(total, model)
+
+    clean = gradient(model)
+    with torch.no_grad():
+        model.hidden[off] = torch.tensor([[math.nan], [math.inf], [1e300]], dtype=torch.float64)
+    dirty = gradient(model)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert dirty[0][off].abs().max() == 0
+
+
+def test_large_and_small_coefficients_survive_half_precision() -> None:
+    """Coefficients of 1e-6 (one over many tokens) lie below float16: the row scale keeps them out of the products."""
+    model, target, token = heads(dtype=torch.float16)
+    plain, tiny = (
+        grads(one_pass(model, FOUR, [target], lambda v, i, s=s: s * v.sum(0), token=token)[0], model)
+        for s in (1.0, 1e-4)
+    )
+    assert_close([g.float() * 1e4 for g in tiny[1:]], [g.float() for g in plain[1:]], 2e-2)
+
+
+def test_autocast_multiplies_in_half_precision_and_stays_close() -> None:
+    model, target, token = heads(dtype=torch.float32)
+    expected = functionals(model, FOUR, [target], token=token)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = functionals(model, FOUR, [target], token=token)
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, expected)
+    assert_close(values.detach(), expected.detach(), 0.1)
+    got = grads(values.sum(), model)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert_close(got, grads(expected.sum(), model), 0.1)
+
+
+def test_one_pass_refuses_a_loss_with_parameters_of_its_own() -> None:
+    model, target, token = heads()
+    beta = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RecipeError, match="detach"):
+        one_pass(model, FOUR, [target], lambda v, i: beta * v[0], token=token)
+    with pytest.raises(RecipeError, match="one number per token"):
+        one_pass(model, FOUR, [target], lambda v, i: v.sum(), token=token)
+
+
+def test_a_loss_that_reads_some_or_none_of_the_values() -> None:
+    model, target, token = heads()
+    total, _ = one_pass(model, FOUR, [target], lambda v, i: v[1], token=token)
+    assert_close(grads(total, model), grads(entropy(dense_logp(model), None, None).sum(), model), 1e-12)
+    total, _ = one_pass(model, FOUR, [target], lambda v, i: torch.ones(len(i)), token=token)
+    assert float(total.detach()) == 23
+    assert all(g.abs().max() == 0 for g in grads(total, model))
+
+
+def test_gradcheck() -> None:
+    model, target, token = heads(n=4, hidden=3, vocab=5)
+
+    def fn(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functionals(Linear(hidden, weight, bias, 0.7), FOUR, [target], token=token)
+
+    assert torch.autograd.gradcheck(fn, tuple(parameters(model)))
+
+
+def test_changing_the_weight_between_the_passes_is_noticed() -> None:
+    model, target, token = heads()
+    values = functionals(model, FOUR, [target], token=token)
+    with torch.no_grad():
+        model.weight.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        values.sum().backward()
