@@ -7,6 +7,7 @@ shapes, so a draw can differ where a uniform number falls within about 1e-7 of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,7 +17,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from leibler.errors import DataError, ModelError
-from leibler.policy.draw import greedy, invert, mixed
+from leibler.policy.draw import invert, law_
 from leibler.policy.model import CausalLM, evaluating, same_tokenizer
 
 _COMPACT_AT = 0.25
@@ -116,7 +117,8 @@ class _Law:
     def __init__(self, models: list[CausalLM], weights: list[float], temperature: float, top_p: float | None) -> None:
         self.models, self.weights = models, weights
         self.temperature, self.top_p = temperature, top_p
-        self.heads = []
+        self.heads: list[tuple[Tensor, Tensor | None]] = []
+        self.buffers: list[Tensor] = []
         for model in models:
             weight, bias = model.head()
             # Rows beyond the tokenizer are padding of the matrix, never tokens.
@@ -170,13 +172,24 @@ class _Law:
         self.next_position = self.next_position + 1
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        logits = [
-            torch.nn.functional.linear(state, weight, bias)
-            for state, (weight, bias) in zip(self.states, self.heads, strict=True)
-        ]
-        if self.temperature == 0:
-            return greedy(logits[0] if len(logits) == 1 else mixed(logits, self.weights, 1.0, None))
-        return invert(mixed(logits, self.weights, self.temperature, self.top_p), uniform)
+        """One token for each row, with its log-probability under the law that it was drawn from."""
+        logits = [self._logits(number) for number in range(len(self.models))]
+        if self.temperature > 0:
+            return invert(law_(logits, self.weights, self.top_p), uniform)
+        token = (logits[0] if len(logits) == 1 else law_(logits, self.weights)).argmax(-1)
+        return token, torch.zeros_like(token, dtype=logits[0].dtype)  # the greedy law gives it probability 1
+
+    def _logits(self, number: int) -> Tensor:
+        """Base-2 logits at the temperature, in a buffer that the next call overwrites."""
+        weight, bias = self.heads[number]
+        state = self.states[number]
+        scale = math.log2(math.e) / (self.temperature or 1.0)
+        if weight.dtype not in (torch.float32, torch.float64):  # scaled before the product it would be rounded twice
+            return torch.nn.functional.linear(state, weight, bias).float().mul_(scale)
+        if len(self.buffers) == number:
+            self.buffers.append(state.new_empty((state.shape[0], weight.shape[0])))
+        out = torch.mm(state * scale, weight.t(), out=self.buffers[number][: state.shape[0]])
+        return out if bias is None else out.add_(bias * scale)
 
 
 def _roll(law: _Law, rows: Tensor, uniforms: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
