@@ -1,0 +1,26 @@
+"""The one exception a user's mistake raises: a sentence that names the thing and the remedy."""
+
+from __future__ import annotations
+
+
+class LeiblerError(Exception):
+    """A mistake that the user can mend.
+
+    The command line prints the message as one sentence and exits with status 2; the library raises it as it is.
+    """
+
+
+class RecipeError(LeiblerError):
+    """A recipe whose parts do not fit together; raised when the recipe is built."""
+
+
+class DataError(LeiblerError):
+    """Records, tasks or corpora that cannot be used as asked."""
+
+
+class ModelError(LeiblerError):
+    """A model or tokenizer that cannot be loaded, or does not fit the others."""
+
+
+class RunError(LeiblerError):
+    """A run directory that cannot be written, resumed or reported on."""

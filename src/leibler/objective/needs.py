@@ -1,0 +1,52 @@
+"""Typed needs: the numbers per event that parts ask for; equal needs are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from leibler.divergence.rows import Functional
+from leibler.objective.targets import Handle, Policy, Target
+
+
+class Need:
+    """A hashable description of one number per event."""
+
+
+@dataclass(frozen=True)
+class LogProb(Need):
+    """log-probability of the sampled token under a model, at the sampling temperature."""
+
+    of: Handle = field(default_factory=Policy)
+
+
+@dataclass(frozen=True)
+class TokenEntropy(Need):
+    """Entropy of the policy's next-token law (nats)."""
+
+
+@dataclass(frozen=True)
+class TokenDivergence(Need):
+    """A divergence of the policy's next-token law to a target's, over the whole vocabulary."""
+
+    divergence: Functional
+    to: Target
+
+
+@dataclass(frozen=True)
+class Output(Need):
+    """The number per event of a trained side module (a critic)."""
+
+    module: str
+
+
+def sampled_needs(target: Target) -> tuple[LogProb, ...]:
+    """The log-probs that the sampled level of a target reads."""
+    return tuple(LogProb(h) for h in target.handles)
+
+
+def sampled(target: Target, get: Callable[[Need], Tensor]) -> Tensor:
+    """A target's log-score of the sampled tokens, ``[n]``."""
+    return target.sampled(lambda handle: get(LogProb(handle)))

@@ -1,0 +1,410 @@
+"""Signals: numbers without gradient. Advantages, token weights, gates, coefficients and schedules are one protocol.
+
+A signal says how far its numbers *reach* (``token``: one per event; ``sequence`` and ``group``: one per row;
+``batch``: one) and on which *clock* it is computed: ``rollout`` (once, over the whole batch with its groups, before
+any cut into micro-batches), ``step`` (from the policy of this very step) or ``previous`` (from what the last steps
+measured). Signals compose with ``+ - * ~`` and chain with ``>>``, which hands the numbers so far to a `Shaper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from leibler.divergence import Divergence
+from leibler.errors import RecipeError
+from leibler.objective.needs import LogProb, Need, sampled, sampled_needs
+from leibler.objective.rows import View, group_mean, group_sum
+from leibler.objective.targets import Behaviour, Handle, Policy, Target
+
+Reach = Literal["token", "sequence", "group", "batch"]
+Clock = Literal["rollout", "step", "previous"]
+_ORDER = ("batch", "group", "sequence", "token")
+_CLOCKS = ("rollout", "previous", "step")
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """After an optimiser step: what it measured. ``own`` holds the metrics of the part that the signal belongs to."""
+
+    step: int
+    metrics: Mapping[str, float]
+    own: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """After a validation pass."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+State = dict[str, Any]
+
+
+class Signal:
+    """Base of all signals: ``signal(view)`` returns ``[events]``, ``[batch]`` or one number, by its reach."""
+
+    reach: Reach = "token"
+    clock: Clock = "rollout"
+
+    def needs(self) -> tuple[Need, ...]:
+        return ()
+
+    def __call__(self, view: View) -> Tensor:
+        raise NotImplementedError
+
+    def parts(self) -> tuple[Signal, ...]:
+        """The signals inside this one (their state is kept too)."""
+        return ()
+
+    def init(self) -> State | None:
+        """State that lives in the checkpoint, or None."""
+        return None
+
+    def observe(self, state: State, event: StepEnd | Validation) -> State:
+        return state
+
+    def __add__(self, other: Signal | float) -> Signal:
+        return _Combined(self, other, "+")
+
+    def __radd__(self, other: float) -> Signal:
+        return _Combined(self, other, "+")
+
+    def __mul__(self, other: Signal | float) -> Signal:
+        return _Combined(self, other, "*")
+
+    def __rmul__(self, other: float) -> Signal:
+        return _Combined(self, other, "*")
+
+    def __sub__(self, other: Signal | float) -> Signal:
+        return _Combined(self, other, "-")
+
+    def __neg__(self) -> Signal:
+        return _Combined(self, -1.0, "*")
+
+    def __invert__(self) -> Signal:
+        """The complement of a gate: ``1 - gate``."""
+        return _Combined(_Combined(self, -1.0, "*"), 1.0, "+")
+
+    def __rshift__(self, shaper: Shaper) -> Signal:
+        return Chain(self, shaper)
+
+
+class Shaper:
+    """Changes numbers: ``shaper(view, value, reach) -> value``; ``reach_after`` says what comes out."""
+
+    def needs(self) -> tuple[Need, ...]:
+        return ()
+
+    def parts(self) -> tuple[Signal, ...]:
+        return ()
+
+    def reach_after(self, reach: Reach) -> Reach:
+        return reach
+
+    def measures(self, view: View) -> dict[str, float]:
+        """What controllers inside this shaper read (per rollout)."""
+        return {}
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Chain(Signal):
+    """``first >> then``."""
+
+    first: Signal
+    then: Shaper
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return self.then.reach_after(self.first.reach)
+
+    @property
+    def clock(self) -> Clock:  # type: ignore[override]
+        return self.first.clock
+
+    def needs(self) -> tuple[Need, ...]:
+        return self.first.needs() + self.then.needs()
+
+    def parts(self) -> tuple[Signal, ...]:
+        return (self.first, *self.then.parts())
+
+    def __call__(self, view: View) -> Tensor:
+        return self.then(view, view._signal(self.first), self.first.reach)
+
+
+@dataclass(frozen=True)
+class _Combined(Signal):
+    left: Signal
+    right: Signal | float
+    operation: Literal["+", "-", "*"]
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return max((s.reach for s in self.parts()), key=_ORDER.index)
+
+    @property
+    def clock(self) -> Clock:  # type: ignore[override]
+        return max((s.clock for s in self.parts()), key=_CLOCKS.index)
+
+    def needs(self) -> tuple[Need, ...]:
+        return tuple(n for s in self.parts() for n in s.needs())
+
+    def parts(self) -> tuple[Signal, ...]:
+        return (self.left, self.right) if isinstance(self.right, Signal) else (self.left,)
+
+    def __call__(self, view: View) -> Tensor:
+        a = view.signal(self.left, reach=self.reach)
+        b = view.signal(self.right, reach=self.reach)
+        return a + b if self.operation == "+" else a - b if self.operation == "-" else a * b
+
+
+# ---- sources of numbers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column(Signal):
+    """A column of the batch."""
+
+    name: str
+    reach: Reach = "sequence"  # type: ignore[assignment]
+
+    def __call__(self, view: View) -> Tensor:
+        return view.column(self.name)
+
+
+def Reward() -> Column:
+    """The reward of each response, as the ``Score`` stage wrote it."""
+    return Column("reward")
+
+
+@dataclass(frozen=True)
+class LogRatio(Signal):
+    """``log above(token) - log below(token)`` at each event (nats); either side may be an expression."""
+
+    above: Target
+    below: Target
+    reach: ClassVar[Reach] = "token"  # type: ignore[misc]
+
+    @property
+    def clock(self) -> Clock:  # type: ignore[override]
+        return "step" if Policy() in (*self.above.handles, *self.below.handles) else "rollout"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (*sampled_needs(self.above), *sampled_needs(self.below))
+
+    def __call__(self, view: View) -> Tensor:
+        return sampled(self.above, view.get) - sampled(self.below, view.get)
+
+
+@dataclass(frozen=True)
+class Importance(Signal):
+    """The importance weight ``model(token) / sampled law(token)``, without gradient, at most ``most``."""
+
+    model: Target = field(default_factory=Policy)
+    sampled_from: Target = field(default_factory=Behaviour)
+    most: float = float("inf")
+    reach: ClassVar[Reach] = "token"  # type: ignore[misc]
+
+    @property
+    def clock(self) -> Clock:  # type: ignore[override]
+        return "step" if Policy() in self.model.handles else "rollout"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (*sampled_needs(self.model), *sampled_needs(self.sampled_from))
+
+    def __call__(self, view: View) -> Tensor:
+        log_weight = sampled(self.model, view.get) - sampled(self.sampled_from, view.get)
+        return log_weight.clamp(max=80.0).exp().clamp(max=self.most)
+
+
+@dataclass(frozen=True)
+class GroupAny(Signal):
+    """1 for every row of a group in which some row's value is positive, else 0."""
+
+    of: Signal = field(default_factory=Reward)
+    reach: ClassVar[Reach] = "group"  # type: ignore[misc]
+
+    def needs(self) -> tuple[Need, ...]:
+        return self.of.needs()
+
+    def parts(self) -> tuple[Signal, ...]:
+        return (self.of,)
+
+    def __call__(self, view: View) -> Tensor:
+        hit = (view.signal(self.of, reach="sequence") > 0).float()
+        return (group_sum(hit, view.rows) > 0).float()
+
+
+# ---- shapers -----------------------------------------------------------------------------------------------------
+
+
+def _rows_only(name: str, reach: Reach) -> None:
+    if reach not in ("sequence", "group"):
+        raise RecipeError(f"{name} works on one number per response, but the chain before it gives one per {reach}.")
+
+
+@dataclass(frozen=True)
+class GroupNormalised(Shaper):
+    """``(reward - group mean) / (group std + eps)``; a group without spread gives exactly 0.
+
+    ``std="batch"`` divides by the batch's standard deviation, ``std=None`` not at all. Source: DeepSeekMath (2024);
+    the variant without division, Dr. GRPO (2025).
+    """
+
+    std: Literal["group", "batch"] | None = "group"
+    eps: float = 1e-6
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        _rows_only("GroupNormalised", reach)
+        centred = value - group_mean(value, view.rows)
+        # Equal rewards must give 0, not rounding noise divided by eps.
+        spread = group_mean(centred * centred, view.rows)
+        centred = torch.where(spread > 1e-12, centred, torch.zeros_like(centred))
+        if self.std is None:
+            return centred
+        if self.std == "batch":
+            return centred / (centred.pow(2).mean().sqrt() + self.eps)
+        size = group_sum(torch.ones_like(value), view.rows)
+        unbiased = spread * size / (size - 1).clamp_min(1)
+        return centred / (unbiased.sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Shaper):
+    """Reward minus the mean reward of the other rows of the group (RLOO, 2024)."""
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        _rows_only("LeaveOneOut", reach)
+        size = group_sum(torch.ones_like(value), view.rows)
+        mean = group_mean(value, view.rows)
+        return torch.where(size > 1, (value - mean) * size / (size - 1).clamp_min(1), value)
+
+
+@dataclass(frozen=True)
+class Whitened(Shaper):
+    """Mean 0 and standard deviation 1 over the whole batch (over events, or over rows)."""
+
+    eps: float = 1e-8
+    centre: bool = True
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        mean = value.mean()
+        spread = (value - mean).pow(2).mean().sqrt()
+        return (value - mean if self.centre else value) / (spread + self.eps)
+
+
+@dataclass(frozen=True)
+class Clipped(Shaper):
+    """Numbers held to ``[-bound, bound]``."""
+
+    bound: float
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        return value.clamp(-self.bound, self.bound)
+
+
+@dataclass(frozen=True)
+class ToGo(Shaper):
+    """Sum from ``start`` events later to the end of the row: ``R_t = sum_{t' >= t + start} r_t'``.
+
+    ``per="remaining"`` divides by the number of summands (MiniLLM's length normalisation). A number per row is taken
+    as paid at the last event.
+    """
+
+    start: int = 0
+    per: Literal["remaining"] | None = None
+
+    def reach_after(self, reach: Reach) -> Reach:
+        return "token"
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        dense = view.dense(paid_at_end(view, value, reach))
+        mask = view.rows.mask
+        total = _reverse_cumulative(dense)
+        count = _reverse_cumulative(mask.to(dense.dtype))
+        if self.start:
+            # Events of a row are contiguous per turn; shift within the flat order of each row.
+            total, count = _shift(total, mask, self.start), _shift(count, mask, self.start)
+        if self.per == "remaining":
+            total = total / count.clamp_min(1)
+        return total[mask]
+
+
+@dataclass(frozen=True)
+class SequenceDerivative(Shaper):
+    """``f'(prod_t u_t)`` of the whole response from the log-ratios ``log u_t`` of its events, at each event."""
+
+    divergence: Divergence
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        return view.to_events(self.divergence.f_prime(view.sum_rows(value)))
+
+
+def _reverse_cumulative(x: Tensor) -> Tensor:
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def _shift(x: Tensor, mask: Tensor, by: int) -> Tensor:
+    """Each event takes the number of the event ``by`` places later in its row, 0 past the end."""
+    flat, row = x[mask], mask.nonzero()[:, 0]
+    moved = torch.zeros_like(flat)
+    if len(flat) > by:
+        same = row[by:] == row[:-by]
+        moved[:-by] = torch.where(same, flat[by:], torch.zeros_like(flat[by:]))
+    return torch.zeros_like(x).masked_scatter(mask, moved)
+
+
+def paid_at_end(view: View, value: Tensor, reach: Reach) -> Tensor:
+    """Numbers per row as numbers per event, paid at each row's last event; numbers per event pass."""
+    if reach == "token":
+        return value
+    rows = view.rows
+    _rows_only("a reward", reach)
+    last = torch.ones_like(rows.row, dtype=torch.bool)
+    last[:-1] = rows.row[1:] != rows.row[:-1]
+    out = torch.zeros(rows.row.shape, dtype=value.dtype, device=value.device)
+    out[last] = value[rows.row[last]]
+    return out
+
+
+@dataclass(frozen=True)
+class InReward(Shaper):
+    """Adds ``-coefficient * log(old / target)`` to the reward at each event: the KL penalty inside the reward.
+
+    The k1 estimator inside the reward, with returns to go after it, has the exact gradient of the sequence's reverse
+    KL. Its place in the chain, before or after a normalisation, changes what is optimised. Source: Fine-Tuning
+    Language Models from Human Preferences (2019).
+    """
+
+    to: Target
+    coefficient: Signal | float
+    of: Handle = field(default_factory=lambda: Handle("old"))
+
+    def needs(self) -> tuple[Need, ...]:
+        return (LogProb(self.of), *sampled_needs(self.to))
+
+    def parts(self) -> tuple[Signal, ...]:
+        return (self.coefficient,) if isinstance(self.coefficient, Signal) else ()
+
+    def reach_after(self, reach: Reach) -> Reach:
+        return "token"
+
+    def _ratio(self, view: View) -> Tensor:
+        return view.get(LogProb(self.of)) - sampled(self.to, view.get)
+
+    def measures(self, view: View) -> dict[str, float]:
+        per_row = view.sum_rows(self._ratio(view))
+        return {"divergence_per_sequence": float(per_row.mean()), "sequences": float(len(per_row))}
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        ratio = self._ratio(view)
+        return paid_at_end(view, value, reach) - view._signal(self.coefficient) * ratio

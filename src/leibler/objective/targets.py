@@ -1,0 +1,239 @@
+"""Distributions as values: handles of models, and expressions over them.
+
+The same expression serves as the target of a divergence, an operand of an advantage, the anchor of a clip, and the
+law that sequences are sampled from. Handles are names; the engine knows which weights stand behind a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from leibler.errors import RecipeError
+
+Lookup = Callable[["Handle"], Tensor]
+
+
+class Target:
+    """A law of the next token given the context (level: full vocabulary, or the sampled token only).
+
+    ``handles`` are the models it reads; ``sampled`` combines their log-probs of the sampled token; ``combine``, their
+    base-2 log-probability rows (None: the single handle's logits are the target's).
+    """
+
+    normalised: ClassVar[bool] = True
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        raise NotImplementedError
+
+    def sampled(self, logp: Lookup) -> Float[Tensor, " n"]:
+        raise NotImplementedError
+
+    @property
+    def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor] | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Handle(Target):
+    """A model by its name in the recipe."""
+
+    name: str
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return (self,)
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        return logp(self)
+
+
+def Policy() -> Handle:
+    """The model being trained, at this very step."""
+    return Handle("policy")
+
+
+def Old() -> Handle:
+    """The policy when the batch was drawn, recomputed by the trainer."""
+    return Handle("old")
+
+
+def Behaviour() -> Handle:
+    """What the sampler reported while sampling (a mixture, a stale policy, another engine's arithmetic)."""
+    return Handle("behaviour")
+
+
+def Reference() -> Handle:
+    """The model that the policy is kept close to: by default, its own initial weights."""
+    return Handle("reference")
+
+
+def Teacher() -> Handle:
+    """The model to be imitated."""
+    return Handle("teacher")
+
+
+def Model(name: str) -> Handle:
+    """Any other named model of the recipe."""
+    return Handle(name)
+
+
+def as_target(value: Target | str) -> Target:
+    return Handle(value) if isinstance(value, str) else value
+
+
+def _pairs(parts: Mapping[Target | str, float] | tuple[tuple[Target, float], ...]) -> tuple[tuple[Target, float], ...]:
+    items = parts.items() if isinstance(parts, Mapping) else parts
+    # A zero coefficient times a log-prob of -inf would be NaN: prune it here, once.
+    return tuple((as_target(t), float(c)) for t, c in items if c != 0)
+
+
+def _rows_of(parts: tuple[tuple[Target, float], ...], leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    """The log-score rows of each operand, from the rows of all their handles."""
+    out, at = [], 0
+    for part, _ in parts:
+        count = len(part.handles)
+        rows = leaves[at : at + count]
+        out.append(rows[0] if part.combine is None else _log_normalised(part.combine(rows)))
+        at += count
+    return out
+
+
+def _log_normalised(scores: Tensor) -> Tensor:
+    """Base-2 log-softmax."""
+    top = scores.amax(-1, keepdim=True)
+    return scores - top - torch.log2(torch.exp2(scores - top).sum(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class LogLinear(Target):
+    """``prod_k target_k ** c_k``, normalised at each token when the whole vocabulary is at hand.
+
+    At the sampled level the product cannot be normalised: gradients of ``K2`` are unaffected, values shift by log Z.
+    ``clip`` bounds each log-ratio of a pair of opposite signs (extrapolation blows up on tokens that a negatively
+    weighted model finds rare).
+
+    Example:
+        >>> LogLinear({Teacher(): 1.25, Reference(): -0.25}).handles
+        (Handle(name='teacher'), Handle(name='reference'))
+    """
+
+    parts: tuple[tuple[Target, float], ...]
+    clip: float | None = None
+    normalised: ClassVar[bool] = False
+
+    def __init__(self, parts: Mapping[Target | str, float], clip: float | None = None) -> None:
+        object.__setattr__(self, "parts", _pairs(parts))
+        object.__setattr__(self, "clip", clip)
+        if not self.parts:
+            raise RecipeError("LogLinear needs at least one model with a coefficient other than 0.")
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return tuple(h for part, _ in self.parts for h in part.handles)
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        return self._sum([part.sampled(logp) for part, _ in self.parts])
+
+    @property
+    def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        return lambda leaves: self._sum(_rows_of(self.parts, leaves))
+
+    def _sum(self, logs: list[Tensor]) -> Tensor:
+        coefficients = [c for _, c in self.parts]
+        if self.clip is None:
+            return sum((c * x for c, x in zip(coefficients[1:], logs[1:], strict=True)), coefficients[0] * logs[0])
+        # first ** (sum c) * prod (other / first) ** c, each log-ratio bounded.
+        total = sum(coefficients) * logs[0]
+        for c, x in zip(coefficients[1:], logs[1:], strict=True):
+            total = total + c * (x - logs[0]).clamp(-self.clip, self.clip)
+        return total
+
+
+@dataclass(frozen=True)
+class Arithmetic(Target):
+    """``sum_k w_k target_k``: a mixture of laws, token by token (weights sum to 1)."""
+
+    parts: tuple[tuple[Target, float], ...]
+
+    def __init__(self, parts: Mapping[Target | str, float]) -> None:
+        object.__setattr__(self, "parts", _pairs(parts))
+        total = sum(w for _, w in self.parts)
+        if abs(total - 1) > 1e-9 or any(w < 0 for _, w in self.parts):
+            raise RecipeError(f"the weights of Arithmetic must be positive and sum to 1, not {total:g}.")
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return tuple(h for part, _ in self.parts for h in part.handles)
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        logs = [part.sampled(logp) for part, _ in self.parts]
+        weights = torch.tensor([w for _, w in self.parts], dtype=logs[0].dtype, device=logs[0].device).log()
+        return torch.logsumexp(torch.stack(logs) + weights[:, None], dim=0)
+
+    @property
+    def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        def mix(leaves: tuple[Tensor, ...]) -> Tensor:
+            total: Tensor | None = None
+            for rows, (_, w) in zip(_rows_of(self.parts, leaves), self.parts, strict=True):
+                total = w * torch.exp2(rows) if total is None else total + w * torch.exp2(rows)
+            assert total is not None
+            return torch.log2(total.clamp_min(2.0**-120))
+
+        return mix
+
+
+@dataclass(frozen=True)
+class Tempered(Target):
+    """``target ** (1 / temperature)``, normalised at each token."""
+
+    target: Target
+    temperature: float = 1.0
+    normalised: ClassVar[bool] = False
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return self.target.handles
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        return self.target.sampled(logp) / self.temperature
+
+    @property
+    def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        inner = self.target.combine
+        return lambda leaves: (leaves[0] if inner is None else inner(leaves)) / self.temperature
+
+
+@dataclass(frozen=True)
+class Geometric:
+    """A law of whole sequences, ``prod_k model_k(y|x) ** w_k`` up to a function of the prompt.
+
+    Its log-density is the unnormalised weighted sum of log-probs over the sequence: normalising at each token would be
+    another law with other preference margins. Not a token target, and never turned into one.
+    """
+
+    parts: tuple[tuple[Handle, float], ...]
+
+    def __init__(self, parts: Mapping[Handle | str, float] | None = None, **named: float) -> None:
+        pairs = _pairs({**(parts or {}), **{Handle(n): w for n, w in named.items()}})
+        object.__setattr__(self, "parts", pairs)
+        if abs(sum(w for _, w in pairs) - 1) > 1e-9:
+            raise RecipeError("the weights of Geometric must sum to 1.")
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return tuple(h for part, _ in self.parts for h in part.handles)
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        total: Tensor | None = None
+        for part, w in self.parts:
+            term = w * part.sampled(logp)
+            total = term if total is None else total + term
+        assert total is not None
+        return total

@@ -1,0 +1,268 @@
+"""Terms: the only things with a gradient. An objective is their sum.
+
+A term states its mathematics once, over a `View`; it never learns how the batch was cut or which plan computed its
+needs. ``loss`` returns a value and a weight per unit (event, row or comparison); the engine adds
+``coefficient * weight * value / count`` with the count of the whole optimiser batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from leibler.divergence import Divergence
+from leibler.errors import RecipeError
+from leibler.estimate import Exact, value
+from leibler.estimate.estimators import Estimator
+from leibler.objective.needs import LogProb, Need, TokenDivergence, TokenEntropy, sampled, sampled_needs
+from leibler.objective.preference import Contrast, Link, Logistic, Pairs, Score
+from leibler.objective.reduce import Reduction, TokenMean
+from leibler.objective.rows import Rows, View
+from leibler.objective.signals import LogRatio, SequenceDerivative, Signal, ToGo
+from leibler.objective.surrogates import Clip, Surrogate
+from leibler.objective.targets import Old, Policy, Target
+
+Couples = Literal["token", "sequence", "group", "batch"]
+Units = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """What all terms share.
+
+    Attributes:
+        on: the stream of rows it sees (None: the recipe's only stream).
+        coefficient: a number, a schedule or a controller.
+        weight: detached numbers per event or row.
+        reduce: how events become one number.
+    """
+
+    on: str | None = None
+    coefficient: Signal | float = 1.0
+    weight: Signal | float = 1.0
+    reduce: Reduction = field(default_factory=TokenMean)
+    couples: ClassVar[Couples] = "token"
+
+    @property
+    def name(self) -> str:
+        """The name in the metrics."""
+        raise NotImplementedError
+
+    def needs(self) -> tuple[Need, ...]:
+        """What ``loss`` reads from the view (signals' needs apart)."""
+        raise NotImplementedError
+
+    def signals(self) -> tuple[Signal, ...]:
+        return tuple(s for s in (self.coefficient, self.weight) if isinstance(s, Signal))
+
+    def loss(self, view: View) -> Units:
+        raise NotImplementedError
+
+    def measures(self, view: View) -> dict[str, Tensor]:
+        """Numbers per event worth a line in the metrics, beside the loss."""
+        return {}
+
+    def count(self, rows: Rows) -> float:
+        """The denominator: muted rows stay in it."""
+        return self.reduce.count(rows)
+
+    def _weights(self, view: View) -> Tensor:
+        """The reduction's weight times the term's own, 0 at muted rows."""
+        weight = self.reduce.weight(view)
+        if self.weight != 1.0:
+            weight = weight * view.signal(self.weight)
+        if view.rows.muted is not None:
+            weight = weight * (~view.to_events(view.rows.muted)).to(weight.dtype)
+        return weight
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Term):
+    """``surrogate(log policy - log anchor, advantage)`` per event; the advantage is a signal."""
+
+    advantage: Signal
+    surrogate: Surrogate = field(default_factory=Clip)
+
+    @property
+    def name(self) -> str:
+        return "policy_gradient"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (LogProb(Policy()), *sampled_needs(self.surrogate.anchor))
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (self.advantage, *super().signals())
+
+    def loss(self, view: View) -> Units:
+        log_ratio = view.get(LogProb(Policy())) - sampled(self.surrogate.anchor, view.get)
+        return self.surrogate(log_ratio, view.signal(self.advantage)), self._weights(view)
+
+
+@dataclass(frozen=True)
+class Match(Term):
+    """Descends the gradient of ``divergence(policy || to)`` at the visited contexts.
+
+    With `Exact` the sum runs over the whole vocabulary; with a sampled estimator the recipe's check refuses every
+    combination of divergence, sampling law and estimator whose gradient is another's. ``credit`` says which divergence
+    of sequences is meant: ``token``, the conditional one at the visited contexts (as in distillation); ``to_go`` and
+    ``sequence``, the divergence between whole responses, including the effect on later contexts.
+    """
+
+    divergence: Divergence
+    to: Target
+    estimator: Estimator = field(default_factory=Exact)
+    credit: Literal["token", "to_go", "sequence"] = "token"
+    sampled_from: Literal["model", "target", "behaviour"] | None = None
+    behaviour: Target = field(default_factory=Old)
+    """Both are inferred from the stream's origin when the recipe is built; not for the user to type."""
+
+    def __post_init__(self) -> None:
+        if self.credit != "token" and isinstance(self.estimator, Exact):
+            raise RecipeError(
+                f"credit={self.credit!r} needs a sampled estimator such as K1() or ScoreFunction(), not Exact()."
+            )
+
+    @property
+    def name(self) -> str:
+        of = "+".join(dict.fromkeys(h.name for h in self.to.handles))
+        return f"{type(self.divergence).__name__}({of})"
+
+    @property
+    def exact(self) -> bool:
+        return isinstance(self.estimator, Exact)
+
+    def needs(self) -> tuple[Need, ...]:
+        if self.exact:
+            return (TokenDivergence(self.divergence, self.to),)
+        needs: tuple[Need, ...] = (LogProb(Policy()), *sampled_needs(self.to))
+        return (*needs, *sampled_needs(self.behaviour)) if self._reweighted else needs
+
+    def signals(self) -> tuple[Signal, ...]:
+        return super().signals() if self.credit == "token" else (self._credit, *super().signals())
+
+    @property
+    def _reweighted(self) -> bool:
+        return self.sampled_from == "behaviour" or (self.credit != "token" and self.sampled_from == "model")
+
+    @property
+    def _credit(self) -> Signal:
+        """The score-function coefficient of the sequences' divergence, per event."""
+        ratio = LogRatio(self.behaviour if self.sampled_from == "behaviour" else Old(), self.to)
+        return ratio >> (ToGo() if self.credit == "to_go" else SequenceDerivative(self.divergence))
+
+    def loss(self, view: View) -> Units:
+        return self._value(view), self._weights(view)
+
+    def _value(self, view: View) -> Tensor:
+        if self.exact:
+            return view.get(TokenDivergence(self.divergence, self.to))
+        if self.sampled_from is None:
+            raise RecipeError(f"{self.name} has no sampling law: it must be part of a Recipe before it is used.")
+        logp = view.get(LogProb(Policy()))
+        behaviour = sampled(self.behaviour, view.get) if self._reweighted else None
+        if self.credit != "token":
+            # exp(log p - log mu): the ratio on stale samples, and 1 in value with the score as gradient on fresh ones.
+            assert behaviour is not None
+            return (logp - behaviour).clamp(max=20.0).exp() * view.signal(self._credit)
+        target = sampled(self.to, view.get)
+        return self.estimator.loss(self.divergence, logp, target, self.sampled_from, behaviour_logp=behaviour)
+
+    def measures(self, view: View) -> dict[str, Tensor]:
+        """The divergence itself (unbiased), whatever was descended."""
+        if self.exact:
+            return {"divergence": view.get(TokenDivergence(self.divergence, self.to))}
+        measured = value(
+            view.get(LogProb(Policy())),
+            sampled(self.to, view.get),
+            divergence=self.divergence,
+            sampled_from=self.sampled_from or "model",
+            behaviour_logp=sampled(self.behaviour, view.get) if self.sampled_from == "behaviour" else None,
+            reduction="none",
+        )
+        return {"divergence": measured}
+
+
+@dataclass(frozen=True)
+class Imitate(Term):
+    """``-log policy(label)`` (negative log-likelihood, nats per event)."""
+
+    @property
+    def name(self) -> str:
+        return "nll"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (LogProb(Policy()),)
+
+    def loss(self, view: View) -> Units:
+        return -view.get(LogProb(Policy())), self._weights(view)
+
+
+@dataclass(frozen=True)
+class EntropyBonus(Term):
+    """``-coefficient * entropy`` of the policy's next-token law."""
+
+    @property
+    def name(self) -> str:
+        return "entropy_bonus"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (TokenEntropy(),)
+
+    def loss(self, view: View) -> Units:
+        return -view.get(TokenEntropy()), self._weights(view)
+
+
+@dataclass(frozen=True)
+class Preference(Term):
+    """``link(contrast of the rows' scores)``, a mean over comparisons of the whole optimiser batch."""
+
+    score: Score
+    link: Link = field(default_factory=Logistic)
+    contrast: Contrast = field(default_factory=Pairs)
+    couples: ClassVar[Couples] = "group"
+
+    @property
+    def name(self) -> str:
+        return "preference"
+
+    def needs(self) -> tuple[Need, ...]:
+        return self.score.needs()
+
+    def count(self, rows: Rows) -> float:
+        return self.contrast.count(rows)
+
+    def loss(self, view: View) -> Units:
+        z, weight = self.contrast(self.score(view), view.rows)
+        return self.link(z), weight
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """``(prediction - target)^2 / 2``."""
+
+    def __call__(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return 0.5 * (prediction - target) ** 2
+
+
+@dataclass(frozen=True)
+class Fit(Term):
+    """``loss(prediction, target)`` per event for a trained side module, e.g. a critic."""
+
+    loss_function: SquaredError
+    prediction: Need
+    target: Signal
+
+    @property
+    def name(self) -> str:
+        return f"fit({getattr(self.prediction, 'module', 'output')})"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (self.prediction,)
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (self.target, *super().signals())
+
+    def loss(self, view: View) -> Units:
+        return self.loss_function(view.get(self.prediction), view.signal(self.target)), self._weights(view)

@@ -1,0 +1,446 @@
+"""One optimiser step: annotate a draw, measure where a coefficient asks for it, accumulate the gradient.
+
+The engine knows nothing of methods. It computes each need once, hands terms a `View`, and uses whichever of three
+exact plans is cheapest; denominators are taken over the whole optimiser batch (and all processes) before it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leibler.divergence import SampledLogProb
+from leibler.fused import Linear, TargetRows, Want, functionals, one_pass
+from leibler.objective.needs import LogProb, Need, Output, TokenEntropy
+from leibler.objective.rows import Rows, View
+from leibler.objective.schedules import Hinge
+from leibler.objective.signals import Shaper, Signal
+from leibler.objective.targets import Behaviour, Old, Policy, Target
+from leibler.objective.terms import Term
+from leibler.policy import CausalLM
+from leibler.policy.randomness import derived_seed
+from leibler.train.plan import StreamPlan, make_plan
+from leibler.train.recipe import Recipe
+
+Totals = dict[str, float]
+
+
+@dataclass
+class Step:
+    """What a step measured: metrics by name, and what each owner of a controller is to hear."""
+
+    metrics: dict[str, float]
+    own: dict[Hashable, dict[str, float]]
+
+
+class Engine:
+    """Runs the terms of a recipe over batches.
+
+    Args:
+        recipe: what to descend.
+        policy: the module that is called (it may be wrapped for several processes).
+        models: all language models by name, ``policy`` among them (unwrapped).
+        modules: trained side modules by name.
+        temperature: every log-prob is taken at the sampling temperature.
+        micro_rows: rows in a micro-batch at most; None: as many as ``micro_tokens`` allows.
+        backward, reduce: the accelerator's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: nn.Module,
+        models: Mapping[str, CausalLM],
+        modules: Mapping[str, nn.Module],
+        *,
+        temperature: float = 1.0,
+        micro_rows: int | None = None,
+        micro_tokens: int = 16_384,
+        seed: int = 0,
+        backward: Callable[[Tensor], None] | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        world: int = 1,
+    ) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self.models = models
+        self.modules = modules
+        self.temperature = temperature
+        self.micro_rows = micro_rows
+        self.micro_tokens = micro_tokens
+        self.seed = seed
+        self.backward = backward or (lambda loss: loss.backward())
+        self.reduce = reduce or (lambda x: x)
+        self.world = world
+        self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
+        self.names = _names(recipe.objective.terms)
+        self.device = models["policy"].device
+
+    # ---- once per draw -------------------------------------------------------------------------------------------
+
+    def annotate(self, drawn: Mapping[str, Rows], step: int, states: Mapping[Hashable, Any]) -> dict[str, View]:
+        """Constants and rollout-clock signals, over whole groups, without gradient."""
+        return {s: self._annotate(self.plans[s], rows.to(self.device), step, states) for s, rows in drawn.items()}
+
+    def _annotate(self, plan: StreamPlan, rows: Rows, step: int, states: Mapping[Hashable, Any]) -> View:
+        view = View(rows, {}, {}, step, states)
+        if not len(rows):
+            return view
+        values: dict[Need, Tensor] = {}
+        with torch.no_grad(), self._evaluating():
+            if LogProb(Behaviour()) in plan.constants:
+                values[LogProb(Behaviour())] = view.column("behaviour_logp")
+            by_model: dict[str, list[Need]] = {}
+            for need in plan.constants:
+                if need.of != Behaviour():
+                    name = "policy" if need.of == Old() else need.of.name
+                    by_model.setdefault(name, []).append(need)
+            for output in plan.drawn_outputs:
+                by_model.setdefault("policy", []).append(output)
+            for name, needs in by_model.items():
+                values.update(self._constants(name, needs, rows))
+            view = view.with_values(values)
+            for term in (*plan.terms, *plan.side):
+                for signal in term.signals():
+                    if signal.clock == "rollout" and signal not in view.signals:
+                        view = view.with_signals({signal: signal(view)})
+        return view
+
+    def _constants(self, name: str, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
+        model = self.models[name]
+        total = rows.row.shape[0]
+        out = {need: torch.zeros(total, device=self.device) for need in needs}
+        for index in self._cut(rows, whole_groups=False):
+            part = rows.select(index)
+            at = _events_of(rows, index)
+            hidden = _event_hidden(model, part)
+            for need in needs:
+                if isinstance(need, Output):
+                    out[need][at] = self.modules[need.module](hidden).float()
+                else:
+                    want = [Want(SampledLogProb())]
+                    value = functionals(self._linear(model, hidden), want, token=part.label, vocab=model.vocab_size)
+                    out[need][at] = value[0].float()
+        return out
+
+    # ---- once per optimiser step ---------------------------------------------------------------------------------
+
+    def accumulate(self, views: Mapping[str, View]) -> Step:
+        """Add the gradient of the objective over one optimiser batch to the parameters' ``grad``."""
+        step = Step({}, {})
+        counts = self._counts(views)
+        log = _Log(self.names)
+        self.models["policy"].train()
+        for module in self.modules.values():
+            module.train()
+        for stream, view in views.items():
+            plan = self.plans[stream]
+            if plan.terms or plan.side:
+                self._accumulate(plan, view, counts, log, step)
+        self._finish(views, counts, log, step)
+        return step
+
+    def _accumulate(self, plan: StreamPlan, view: View, counts: dict[int, float], log: _Log, step: Step) -> None:
+        if not len(view.rows):
+            return
+        cuts = self._cut(view.rows, whole_groups=plan.kind == "two-pass head")
+        replay = plan.kind == "survey and replay" or (
+            plan.kind == "two-pass head" and self.micro_rows is not None and max(map(len, cuts)) > self.micro_rows
+        )
+        if replay:
+            cuts = self._cut(view.rows, whole_groups=False)
+        surveyed = self._survey(plan, view, cuts) if plan.survey or replay else None
+        scales = self._scales(plan, view, surveyed, counts, step)
+        cotangents = self._cotangents(plan, surveyed, scales, log) if replay and surveyed is not None else None
+        for number, index in enumerate(cuts):
+            micro = view.select(index)
+            with self._dropout(view.step, plan.stream, number):
+                hidden = _event_hidden(self.policy, micro.rows)
+            loss = self._side_loss(plan, micro, hidden, scales, log)
+            model, targets = self._operands(plan, micro.rows, hidden)
+            wants = self._wants(plan)
+            options = {"token": micro.rows.label, "vocab": self.models["policy"].vocab_size}
+            if cotangents is not None:
+                at = _events_of(view.rows, index)
+                total, values = one_pass(model, wants, targets, _replay(cotangents[:, at]), **options)
+                log.values(plan, micro.with_values(self._named(plan, values)))
+            elif plan.kind == "one pass":
+                loss_of = self._chunk_loss(plan, micro, scales, log)
+                total, values = one_pass(model, wants, targets, loss_of, **options)
+                log.values(plan, micro.with_values(self._named(plan, values)))
+            else:
+                values = functionals(model, wants, targets, **options)
+                whole = micro.with_values(self._named(plan, values))
+                total = self._sum(plan.terms, whole, scales, log).sum()
+                log.values(plan, whole.detached())
+            self.backward((total if loss is None else total + loss) * self.world)
+
+    def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
+        """All of the policy's numbers over the optimiser batch, without gradient."""
+        total = torch.zeros(len(plan.wants), view.rows.row.shape[0], device=self.device)
+        with torch.no_grad():
+            for number, index in enumerate(cuts):
+                part = view.rows.select(index)
+                with self._dropout(view.step, plan.stream, number):
+                    hidden = _event_hidden(self.policy, part)
+                model, targets = self._operands(plan, part, hidden)
+                total[:, _events_of(view.rows, index)] = functionals(
+                    model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
+                ).float()
+        return view.with_values(self._named(plan, total))
+
+    def _scales(
+        self, plan: StreamPlan, view: View, surveyed: View | None, counts: dict[int, float], step: Step
+    ) -> dict[int, Tensor]:
+        """``coefficient / count`` of each term."""
+        scales = {}
+        for term in (*plan.terms, *plan.side):
+            number = id(term)
+            if isinstance(term.coefficient, Hinge):
+                assert surveyed is not None
+                value, weight = term.loss(surveyed)
+                measured = self.reduce((_finite(value) * weight).sum()) / counts[number]
+                coefficient = term.coefficient.of(measured)
+            else:
+                coefficient = view._signal(term.coefficient)
+            if isinstance(term.coefficient, Signal):
+                step.metrics[f"coefficient/{self.names[number]}"] = float(coefficient)
+            scales[number] = coefficient / counts[number]
+        return scales
+
+    def _cotangents(self, plan: StreamPlan, surveyed: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
+        """The derivative of the objective by each number per event, ``[wants, events]``."""
+        values = torch.stack([surveyed.values[n] for n in plan.wants]).requires_grad_()
+        with torch.enable_grad():
+            view = surveyed.with_values(self._named(plan, values))
+            total = self._sum(plan.terms, view, scales, log).sum()
+            (cotangents,) = torch.autograd.grad(total, values)
+        return cotangents
+
+    def _chunk_loss(
+        self, plan: StreamPlan, micro: View, scales: dict[int, Tensor], log: _Log
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(values: Tensor, index: Tensor) -> Tensor:
+            part = micro.slice(index).with_values(self._named(plan, values))
+            return self._sum(plan.terms, part, scales, log)
+
+        return loss
+
+    def _sum(self, terms: tuple[Term, ...], view: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
+        """The terms' contributions per unit; streams of one coupling have equal units only when all are tokens."""
+        total: Tensor | None = None
+        for term in terms:
+            value, weight = term.loss(view)
+            # Outside the support the value is infinite and the gradient 0: neither may spoil the sum.
+            contribution = _finite(value) * weight
+            log.add(term, value, contribution)
+            contribution = contribution * scales[id(term)]
+            if view.events is None:
+                contribution = contribution.sum()
+            total = contribution if total is None else total + contribution
+        assert total is not None
+        return total
+
+    def _side_loss(
+        self, plan: StreamPlan, micro: View, hidden: Tensor, scales: dict[int, Tensor], log: _Log
+    ) -> Tensor | None:
+        if not plan.side:
+            return None
+        values: dict[Need, Tensor] = {}
+        for need in plan.outputs:
+            rule: Any = self.recipe.models[need.module]
+            values[need] = self.modules[need.module](hidden if rule.spec.through else hidden.detach()).float()
+        return self._sum(plan.side, micro.with_values(values), scales, log)
+
+    # ---- pieces ---------------------------------------------------------------------------------------------------
+
+    def _named(self, plan: StreamPlan, values: Tensor) -> dict[Need, Tensor]:
+        named: dict[Need, Tensor] = dict(zip(plan.wants, values, strict=True))
+        if plan.substitute_old and LogProb(Policy()) in named:
+            # The draw is used once, so the old policy is this one: no forward pass is spent on it.
+            named[LogProb(Old())] = named[LogProb(Policy())].detach()
+        return named
+
+    def _wants(self, plan: StreamPlan) -> list[Want]:
+        return [Want(*plan.functional(n)) for n in plan.wants]
+
+    def _linear(self, model: CausalLM, hidden: Tensor) -> Linear:
+        weight, bias = model.head()
+        return Linear(hidden, weight, bias, self.temperature)
+
+    def _operands(self, plan: StreamPlan, rows: Rows, hidden: Tensor) -> tuple[Linear, list[TargetRows]]:
+        policy = self._linear(self.models["policy"], hidden)
+        leaves: dict[str, Linear] = {"policy": Linear(hidden.detach(), *_detached(policy), self.temperature)}
+        with torch.no_grad():
+            for name in dict.fromkeys(h.name for t in plan.targets for h in t.handles):
+                if name not in leaves:
+                    model = self.models[name]
+                    leaves[name] = self._linear(model, _event_hidden(model, rows))
+        return policy, [_target_rows(t, leaves) for t in plan.targets]
+
+    def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
+        """Row indices of micro-batches: rows of like length together, groups kept whole where asked."""
+        longest = rows.attention.sum(dim=1)
+        if whole_groups:
+            index = rows.group_index
+            units = [(index == g).nonzero()[:, 0] for g in range(rows.groups)]
+        else:
+            units = list(longest.argsort(stable=True)[:, None])
+        cuts: list[Tensor] = []
+        current: list[Tensor] = []
+        for unit in units:
+            merged = torch.cat([*current, unit])
+            too_many = len(merged) > self.micro_rows if self.micro_rows else False
+            too_long = not self.micro_rows and int(longest[merged].max()) * len(merged) > self.micro_tokens
+            if current and (too_many or too_long):
+                cuts.append(torch.cat(current))
+                current = [unit]
+            else:
+                current.append(unit)
+        return [*cuts, torch.cat(current)]
+
+    def _counts(self, views: Mapping[str, View]) -> dict[int, float]:
+        """Each term's denominator over the optimiser batch of all processes."""
+        terms = self.recipe.objective.terms
+        local = [t.count(views[t.on].rows) if t.on in views and len(views[t.on].rows) else 0.0 for t in terms]
+        total = self.reduce(torch.tensor(local, dtype=torch.float64, device=self.device)).tolist()
+        return {id(t): max(c, 1e-12) for t, c in zip(terms, total, strict=True)}
+
+    def _finish(self, views: Mapping[str, View], counts: dict[int, float], log: _Log, step: Step) -> None:
+        totals = log.totals()
+        keys = sorted(totals)
+        packed = self.reduce(torch.tensor([totals[k] for k in keys], dtype=torch.float64, device=self.device)).tolist()
+        sums = dict(zip(keys, packed, strict=True))
+        loss = 0.0
+        rows = sum(len(v.rows) for v in views.values())
+        for term in self.recipe.objective.terms:
+            name, count = self.names[id(term)], counts[id(term)]
+            value = sums.get(f"loss/{name}", 0.0) / count
+            step.metrics[f"loss/{name}"] = value
+            fixed = step.metrics.get(f"coefficient/{name}", term.coefficient)
+            loss += value * float(fixed)  # type: ignore[arg-type]
+            events = sums.get(f"events/{name}", 0.0)
+            if events:
+                mean = sums[f"divergence/{name}"] / events
+                step.metrics[f"divergence/{name}"] = mean
+                sequences = sums[f"sequences/{name}"]
+                step.own[term] = {
+                    "divergence": mean,
+                    "divergence_per_sequence": sums[f"divergence/{name}"] / max(sequences, 1),
+                    "sequences": sequences,
+                }
+            violations = sums.get(f"support_violations/{name}", 0.0)
+            if violations:
+                step.metrics[f"support_violations/{name}"] = violations
+        for _, owner in self.recipe.objective.walk():
+            if isinstance(owner, Shaper) and isinstance(owner, Hashable) and owner not in step.own:
+                for view in views.values():
+                    measured = owner.measures(view) if set(owner.needs()) <= set(view.values) else {}
+                    if measured:
+                        step.own[owner] = measured
+                        step.metrics[f"divergence/{type(owner).__name__}"] = measured["divergence_per_sequence"]
+        step.metrics["loss"] = loss
+        if sums.get("events", 0):
+            step.metrics["entropy"] = sums["entropy"] / sums["events"]
+        step.metrics["tokens"] = sums.get("events", 0.0)
+        step.metrics["rows"] = float(rows)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, put back afterwards."""
+        modules = [self.models["policy"], *self.modules.values()]
+        modes = [m.training for m in modules]
+        for module in modules:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.train(mode)
+
+    @contextmanager
+    def _dropout(self, step: int, stream: str, number: int) -> Iterator[None]:
+        """Randomness inside the forward pass is derived too: a replayed or resumed pass drops the same units."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(derived_seed(self.seed, f"dropout/{stream}", step, number))
+            yield
+
+
+def _event_hidden(model: nn.Module, rows: Rows) -> Tensor:
+    """``[events, hidden]``: the hidden state that predicts each event."""
+    return model(rows.tokens, rows.attention)[:, :-1][rows.mask]
+
+
+def _events_of(rows: Rows, index: Tensor) -> Tensor:
+    keep = torch.zeros(len(rows), dtype=torch.bool, device=rows.tokens.device)
+    keep[index] = True
+    return keep[rows.row]
+
+
+def _detached(linear: Linear) -> tuple[Tensor, Tensor | None]:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+
+def _target_rows(target: Target, leaves: Mapping[str, Linear]) -> TargetRows:
+    return TargetRows(tuple(leaves[h.name] for h in target.handles), target.combine)
+
+
+def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda values, index: (_finite(values) * cotangents[:, index]).sum(dim=0)
+
+
+def _finite(value: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+
+
+def _names(terms: tuple[Term, ...]) -> dict[int, str]:
+    """A metric name for each term; equal names get their stream, then a number."""
+    out: dict[int, str] = {}
+    for term in terms:
+        name = term.name
+        if sum(t.name == name for t in terms) > 1 and len({t.on for t in terms if t.name == name}) > 1:
+            name = f"{name}@{term.on}"
+        base, number = name, 2
+        while name in out.values():
+            name, number = f"{base}#{number}", number + 1
+        out[id(term)] = name
+    return out
+
+
+class _Log:
+    """Sums for the metrics, added up over micro-batches and chunks."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.names = names
+        self.sums: dict[str, Tensor] = {}
+
+    def put(self, key: str, value: Tensor) -> None:
+        value = value.detach().double()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def add(self, term: Term, value: Tensor, contribution: Tensor) -> None:
+        name = self.names[id(term)]
+        self.put(f"loss/{name}", contribution.sum())
+        self.put(f"support_violations/{name}", (~torch.isfinite(value)).sum())
+
+    def values(self, plan: StreamPlan, view: View) -> None:
+        """Measures of whole micro-batches."""
+        entropy = view.get(TokenEntropy())
+        self.put("entropy", entropy.sum())
+        self.put("events", torch.tensor(float(entropy.shape[0])))
+        for term in plan.terms:
+            for key, value in term.measures(view).items():
+                name = self.names[id(term)]
+                self.put(f"{key}/{name}", _finite(value).sum())
+                self.put(f"events/{name}", torch.tensor(float(value.shape[0])))
+                self.put(f"sequences/{name}", torch.tensor(float(len(view.rows))))
+
+    def totals(self) -> Totals:
+        return {k: float(v) for k, v in self.sums.items()}
+

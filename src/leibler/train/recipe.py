@@ -1,0 +1,136 @@
+"""Recipes: typed values that check themselves when they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from leibler.errors import RecipeError
+from leibler.estimate import check
+from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
+from leibler.objective.objective import Objective
+from leibler.objective.targets import Behaviour, Handle, Old, Policy
+from leibler.objective.terms import Match, Term
+from leibler.train.models import Frozen, ModelRule, Trained
+from leibler.train.sources import Origin, Source
+
+RESERVED = {"policy", "old", "behaviour"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often a drawn batch is used, and when rounds turn.
+
+    Attributes:
+        minibatches: optimiser batches that a draw is cut into (whole groups).
+        epochs: passes over each draw.
+        steps_per_round: optimiser steps in a round; `Snapshot` models follow rounds. 0: one endless round.
+    """
+
+    minibatches: int = 1
+    epochs: int = 1
+    steps_per_round: int = 0
+
+    @property
+    def single_use(self) -> bool:
+        """Each drawn batch sees exactly one optimiser step: the old policy is the current one."""
+        return self.minibatches * self.epochs == 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training method as a value: where rows come from, what is descended, which models take part.
+
+    Building one checks it: every stream that a term names exists, every sampled estimator is exact for the law that
+    its events come from (the law is inferred from the stream's origin and the target), every model has a rule.
+
+    Example:
+        >>> from leibler.divergence import ForwardKL
+        >>> from leibler.objective import Match, Objective, Teacher
+        >>> from leibler.train import Data, Recipe
+        >>> recipe = Recipe(Data(), Objective(Match(ForwardKL(), to=Teacher())))
+        >>> sorted(recipe.models)
+        ['teacher']
+    """
+
+    source: Source
+    objective: Objective
+    schedule: Schedule = field(default_factory=Schedule)
+    models: Mapping[str, ModelRule] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, Term):
+            object.__setattr__(self, "objective", Objective(self.objective))
+        if not self.objective.terms:
+            raise RecipeError("the objective has no term with a coefficient other than 0; add one.")
+        streams = self.source.streams()
+        bound = tuple(self._bind(term, streams) for term in self.objective.terms)
+        object.__setattr__(self, "objective", Objective(*bound))
+        object.__setattr__(self, "models", self._with_defaults())
+        self._check_modules()
+
+    def _bind(self, term: Term, streams: Mapping[str, Origin]) -> Term:
+        if term.on is None:
+            if len(streams) > 1:
+                raise RecipeError(f"the term {term.name} must say which stream it is on: {', '.join(streams)}.")
+            term = replace(term, on=next(iter(streams)))
+        if term.on not in streams:
+            raise RecipeError(f"the term {term.name} is on {term.on!r}, but the source has {', '.join(streams)}.")
+        if isinstance(term, Match) and not term.exact:
+            term = self._bind_sampler(term, streams[term.on])
+        return term
+
+    def _bind_sampler(self, term: Match, origin: Origin) -> Match:
+        if origin.law is None:
+            raise RecipeError(
+                f"{term.name} with {type(term.estimator).__name__}() needs sampled sequences, but its stream "
+                f"{term.on!r} holds data; use Exact(), or draw the stream with OnPolicy()."
+            )
+        fresh = origin.law == Old() and self.schedule.single_use
+        if term.to == origin.law:
+            term = replace(term, sampled_from="target")
+        elif fresh:
+            term = replace(term, sampled_from="model")
+        else:
+            behaviour = Old() if origin.law == Old() else Behaviour()
+            term = replace(term, sampled_from="behaviour", behaviour=behaviour)
+        if term.credit == "token":
+            check(term.divergence, term.estimator, term.sampled_from)
+        return term
+
+    def _with_defaults(self) -> dict[str, ModelRule]:
+        rules = dict(self.models)
+        for handle in sorted(self.handles(), key=lambda h: h.name):
+            if handle.name not in RESERVED and handle.name not in rules:
+                rules[handle.name] = Frozen("initial" if handle.name == "reference" else handle.name)
+        return rules
+
+    def _check_modules(self) -> None:
+        for need in self.needs():
+            if isinstance(need, Output) and not isinstance(self.models.get(need.module), Trained):
+                raise RecipeError(
+                    f"the objective reads the output of {need.module!r}, which no model rule trains; "
+                    f"add models={{{need.module!r}: Trained(ValueHead())}}."
+                )
+            if isinstance(need, TokenDivergence):
+                for handle in need.to.handles:
+                    if handle.name in ("old", "behaviour"):
+                        raise RecipeError(
+                            f"a divergence over the whole vocabulary to {handle.name!r} needs its weights: name a model "
+                            "with the rule Snapshot() and match that, or use a sampled estimator."
+                        )
+
+    def needs(self) -> set[Need]:
+        """Every need of every term and signal."""
+        found = {n for term in self.objective.terms for n in term.needs()}
+        return found | {n for signal, _ in self.objective.walk() for n in signal.needs()}
+
+    def handles(self) -> set[Handle]:
+        """Every model that some part reads."""
+        found = {h for h in self.source.handles()}
+        for need in self.needs():
+            if isinstance(need, LogProb):
+                found.add(need.of)
+            elif isinstance(need, TokenDivergence):
+                found |= set(need.to.handles)
+        return found | {Policy()}

@@ -1,0 +1,411 @@
+"""Sources: where rows come from. Each yields named streams of whole groups whose origin is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from leibler.errors import DataError, RecipeError
+from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
+from leibler.objective.signals import Validation
+from leibler.objective.targets import Handle, Model, Old, Target
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset, Record
+    from leibler.policy import CausalLM
+
+State = dict[str, Any]
+"""A source's state: JSON values only, so that it stands in a checkpoint as text."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The law that a stream's events were sampled from: None for data, an expression over models otherwise."""
+
+    law: Target | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a source may use. ``draw`` counts the draws so far; together with the seed it determines all randomness."""
+
+    models: Mapping[str, CausalLM]
+    data: Mapping[str, Dataset]
+    seed: int
+    draw: int
+    step: int
+    steps: int
+    rows: int
+    max_new_tokens: int
+    max_length: int
+    temperature: float
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def policy(self) -> CausalLM:
+        return self.models["policy"]
+
+    def dataset(self, name: str) -> Dataset:
+        if name not in self.data:
+            raise DataError(f"the recipe draws from the data {name!r}, which was not given; add data.{name}=FILE.")
+        return self.data[name]
+
+    def share(self, n: int) -> range:
+        """The part of ``n`` whole groups that this process works on."""
+        return range(self.rank, n, self.world)
+
+
+class Stage(Protocol):
+    """Changes which rows exist or what their columns say, over whole groups and without gradient."""
+
+    def __call__(self, rows: Rows, context: Context) -> Rows: ...
+
+
+class Source:
+    """Base of all sources."""
+
+    def streams(self) -> Mapping[str, Origin]:
+        return {"main": Origin()}
+
+    def handles(self) -> tuple[Handle, ...]:
+        """The models it samples from."""
+        return ()
+
+    def datasets(self) -> Mapping[str, str]:
+        """The data it reads, by name, and what it needs of them: ``prompts`` or ``labels``."""
+        return {}
+
+    def init(self) -> State:
+        return {}
+
+    def observe(self, state: State, event: Validation) -> State:
+        return state
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        raise NotImplementedError
+
+    def __rshift__(self, stage: Stage) -> Source:
+        return Staged(self, stage)
+
+
+def _next_records(data: Dataset, state: State, count: int, seed: int) -> tuple[list[tuple[int, Record]], State]:
+    """The next ``count`` records in an order derived from (seed, epoch); the state is one position."""
+    position, out = int(state.get("position", 0)), []
+    order: list[int] = []
+    epoch = -1
+    for at in range(position, position + count):
+        if at // len(data) != epoch:
+            epoch = at // len(data)
+            order = data.order(epoch, seed)
+        index = order[at % len(data)]
+        out.append((index, data[index]))
+    return out, {**state, "position": position + count}
+
+
+@dataclass(frozen=True)
+class Data(Source):
+    """Records with their responses: a completion each, or a chosen and a rejected one (one group of two rows).
+
+    Attributes:
+        name: which of the run's data sets.
+        rows: sequences per optimiser batch; None: the run's batch size.
+    """
+
+    name: str = "train"
+    rows: int | None = None
+
+    def datasets(self) -> Mapping[str, str]:
+        return {self.name: "labels"}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        data = context.dataset(self.name)
+        pairs = data.kind == "preferences"
+        wanted = self.rows or context.rows
+        records, state = _next_records(data, state, max(wanted // 2, 1) if pairs else wanted, context.seed)
+        records = [records[i] for i in context.share(len(records))]
+        items: list[tuple[list[int], list[int]]] = []
+        group, role, owners = [], [], []
+        encode = context.policy
+        for number, (_, record) in enumerate(records):
+            prompt = encode.encode_prompt(record.prompt)
+            answers = [(record.chosen, CHOSEN), (record.rejected, REJECTED)] if pairs else [(record.completion, SAMPLE)]
+            for text, kind in answers:
+                if text is None:
+                    raise DataError(f"{record.source or data.name} has no completion to learn from; add the column.")
+                items.append((prompt, encode.encode_completion(text)))
+                group.append(number)
+                role.append(kind)
+                owners.append(record)
+        return {"main": _rows(items, group, role, owners, context)}, state
+
+
+def _rows(
+    items: Sequence[tuple[list[int], list[int]]],
+    group: Sequence[int],
+    role: Sequence[int],
+    records: Sequence[Record],
+    context: Context,
+) -> Rows:
+    from leibler.policy import right_pad
+
+    longest = max(len(p) + len(c) for p, c in items)
+    if longest > context.max_length:
+        where = next(r.source for (p, c), r in zip(items, records, strict=True) if len(p) + len(c) == longest)
+        raise DataError(
+            f"a row of {longest} tokens ({where or 'no source given'}) exceeds the model's context of "
+            f"{context.max_length}; shorten it, or lower max_new_tokens."
+        )
+    tokens, attention, mask = right_pad(items)
+    return Rows(
+        tokens, attention, mask, torch.tensor(group), torch.tensor(role), records=list(records),
+        texts=[context.policy.decode(c) for _, c in items],
+    )
+
+
+@dataclass(frozen=True)
+class OnPolicy(Source):
+    """Responses sampled now: by the policy, or by any law over the recipe's models.
+
+    Attributes:
+        group_size: responses to each prompt.
+        sampler: the law to sample from; `Arithmetic` mixes models at each token. Behaviour log-probs are kept.
+        prompts: which of the run's data sets holds the prompts.
+        rows: sequences per optimiser batch; None: the run's batch size.
+        temperature: None: the run's.
+    """
+
+    group_size: int = 1
+    sampler: Target = field(default_factory=Old)
+    prompts: str = "train"
+    rows: int | None = None
+    temperature: float | None = None
+
+    def streams(self) -> Mapping[str, Origin]:
+        return {"main": Origin(self.sampler)}
+
+    def handles(self) -> tuple[Handle, ...]:
+        return self.sampler.handles
+
+    def datasets(self) -> Mapping[str, str]:
+        return {self.prompts: "prompts"}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        from leibler.policy import sample
+        from leibler.policy.randomness import uniforms
+
+        data = context.dataset(self.prompts)
+        count = max((self.rows or context.rows) // self.group_size, 1)
+        records, state = _next_records(data, state, count, context.seed)
+        mine = list(context.share(count))
+        records = [records[i] for i in mine]
+        prompts = [context.policy.encode_prompt(r.prompt) for _, r in records]
+        # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
+        table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, context.max_new_tokens)
+        picks = torch.tensor([i * self.group_size + g for i in mine for g in range(self.group_size)])
+        law = _sampling_law(self.sampler, context)
+        out = sample(
+            law,
+            prompts,
+            uniforms=table[picks],
+            temperature=context.temperature if self.temperature is None else self.temperature,
+            group_size=self.group_size,
+        )
+        completions = [t[m].tolist() for t, m in zip(out.tokens, out.mask, strict=True)]
+        group = [i for i in range(len(records)) for _ in range(self.group_size)]
+        owners = [r for _, r in records for _ in range(self.group_size)]
+        items = [(prompts[g], c) for g, c in zip(group, completions, strict=True)]
+        rows = _rows(items, group, [SAMPLE] * len(group), owners, context)
+        logp = torch.zeros(rows.mask.shape).masked_scatter(rows.mask, out.logp[out.mask].float())
+        return {"main": rows.with_columns(behaviour_logp=logp, finished=out.finished.float())}, state
+
+
+def Sampled(model: str, group_size: int = 1, **options: Any) -> OnPolicy:
+    """Responses sampled from a named model of the recipe."""
+    return OnPolicy(group_size, sampler=Model(model), **options)
+
+
+def _sampling_law(target: Target, context: Context) -> Any:
+    from leibler.objective.targets import Arithmetic
+
+    def model(handle: Target) -> CausalLM:
+        if not isinstance(handle, Handle):
+            raise RecipeError("sequences can be sampled from a model or an Arithmetic mixture of models only.")
+        return context.models["policy" if handle.name in ("policy", "old") else handle.name]
+
+    if isinstance(target, Arithmetic):
+        return [(model(part), weight) for part, weight in target.parts]
+    return model(target)
+
+
+@dataclass(frozen=True)
+class Staged(Source):
+    """``source >> stage``."""
+
+    source: Source
+    stage: Stage
+
+    def streams(self) -> Mapping[str, Origin]:
+        return self.source.streams()
+
+    def handles(self) -> tuple[Handle, ...]:
+        return self.source.handles()
+
+    def datasets(self) -> Mapping[str, str]:
+        return self.source.datasets()
+
+    def init(self) -> State:
+        return self.source.init()
+
+    def observe(self, state: State, event: Validation) -> State:
+        return self.source.observe(state, event)
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        drawn, state = self.source.draw(context, state)
+        return {name: self.stage(rows, context) for name, rows in drawn.items()}, state
+
+
+@dataclass(frozen=True)
+class Mixture(Source):
+    """Several named streams side by side; each term says which it is ``on``."""
+
+    sources: tuple[tuple[str, Source], ...]
+
+    def __init__(self, sources: tuple[tuple[str, Source], ...] = (), **named: Source) -> None:
+        object.__setattr__(self, "sources", (*sources, *named.items()))
+
+    def streams(self) -> Mapping[str, Origin]:
+        return {name: next(iter(source.streams().values())) for name, source in self.sources}
+
+    def handles(self) -> tuple[Handle, ...]:
+        return tuple(h for _, source in self.sources for h in source.handles())
+
+    def datasets(self) -> Mapping[str, str]:
+        found: dict[str, str] = {}
+        for _, source in self.sources:
+            for name, kind in source.datasets().items():
+                found[name] = "labels" if "labels" in (kind, found.get(name)) else kind
+        return found
+
+    def init(self) -> State:
+        return {name: source.init() for name, source in self.sources}
+
+    def observe(self, state: State, event: Validation) -> State:
+        return {name: source.observe(state[name], event) for name, source in self.sources}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        out: dict[str, Rows] = {}
+        new: State = {}
+        for name, source in self.sources:
+            drawn, new[name] = source.draw(context, state[name])
+            out[name] = next(iter(drawn.values()))
+        return out, new
+
+
+@dataclass(frozen=True)
+class RaiseOnWorse:
+    """The share ``phi`` of model-written rows, raised by ``by`` whenever a validation metric got worse by ``tolerance``.
+
+    The metric is compared with its value at the last raise, which therefore never improves; so the paper's code has it.
+    Source: DistiLLM (2024).
+    """
+
+    metric: str = "nll"
+    initial: float = 0.0
+    by: float = 0.1
+    tolerance: float = 0.1
+
+    def init(self) -> State:
+        return {"phi": self.initial, "raised_at": None}
+
+    def observe(self, state: State, event: Validation) -> State:
+        value = event.metrics.get(self.metric)
+        if value is None:
+            raise RecipeError(f"the validation has no metric {self.metric!r}; give validation data with completions.")
+        if state["raised_at"] is None:
+            return {**state, "raised_at": value}
+        if value < state["raised_at"] + self.tolerance:
+            return state
+        return {"phi": min(state["phi"] + self.by, 1.0), "raised_at": value}
+
+
+@dataclass(frozen=True)
+class Adaptive(Source):
+    """Per draw, one of: data, fresh rollouts, rollouts replayed from a buffer.
+
+    With ``s`` the finished share of the run: fresh rollouts with probability ``phi (1 - s)`` (and into the buffer),
+    replayed ones with ``phi s`` (fresh while the buffer is short), data otherwise. Which model wrote a row is therefore
+    not one law: only exact divergences can be matched on it. Source: DistiLLM (2024).
+    """
+
+    data: Source
+    rollouts: Source
+    phi: RaiseOnWorse = field(default_factory=RaiseOnWorse)
+    capacity: int = 1000
+
+    def handles(self) -> tuple[Handle, ...]:
+        return (*self.data.handles(), *self.rollouts.handles())
+
+    def datasets(self) -> Mapping[str, str]:
+        return {**self.rollouts.datasets(), **self.data.datasets()}
+
+    def init(self) -> State:
+        return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": []}
+
+    def observe(self, state: State, event: Validation) -> State:
+        return {**state, "phi": self.phi.observe(state["phi"], event)}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        from leibler.policy.randomness import generator
+
+        randomness = generator(context.seed, "adaptive", context.draw)
+        u = float(torch.rand((), generator=randomness, dtype=torch.float64))
+        phi, done = float(state["phi"]["phi"]), context.step / max(context.steps, 1)
+        if u >= phi:
+            drawn, inner = self.data.draw(context, state["data"])
+            return drawn, {**state, "data": inner}
+        buffer = state["buffer"]
+        if u < phi * done and len(buffer) >= context.rows:
+            picks = torch.randperm(len(buffer), generator=randomness)[: context.rows].tolist()
+            return {"main": _unpack([buffer[i] for i in picks], context)}, state
+        drawn, inner = self.rollouts.draw(context, state["rollouts"])
+        rows = drawn["main"]
+        return drawn, {**state, "rollouts": inner, "buffer": (buffer + _pack(rows))[-self.capacity :]}
+
+
+def _pack(rows: Rows) -> list[State]:
+    """Rows as JSON values: tokens and the place where the response begins."""
+    out = []
+    for i in range(len(rows)):
+        tokens = rows.tokens[i][rows.attention[i]].tolist()
+        events = rows.mask[i].nonzero()
+        start = int(events[0]) + 1 if len(events) else len(tokens)
+        out.append({"tokens": tokens, "start": start, "prompt": rows.records[i].prompt})
+    return out
+
+
+def _unpack(items: Sequence[State], context: Context) -> Rows:
+    from leibler.data import Record
+
+    pairs = [(item["tokens"][: item["start"]], item["tokens"][item["start"] :]) for item in items]
+    records = [Record(item["prompt"]) for item in items]
+    return _rows(pairs, list(range(len(items))), [SAMPLE] * len(items), records, context)
+
+
+__all__ = [
+    "Adaptive",
+    "Context",
+    "Data",
+    "Mixture",
+    "OnPolicy",
+    "Origin",
+    "RaiseOnWorse",
+    "Sampled",
+    "Source",
+    "Stage",
+    "Staged",
+    "concatenate",
+]
