@@ -25,7 +25,7 @@ from leibler.objective.rows import SAMPLE
 def tilt(
     log_ref: Float[Tensor, "*contexts actions"], reward: Float[Tensor, "*contexts actions"], beta: float
 ) -> Float[Tensor, "*contexts actions"]:
-    """Log-probabilities of ``argmax_p E_p[reward] - beta KL(p || ref)``, which is ``ref exp(reward / beta)`` normalised.
+    """Log-probabilities of ``argmax_p E_p[reward] - beta KL(p || ref)``: ``ref exp(reward / beta)``, normalised.
 
     Example:
         >>> import math

@@ -107,7 +107,7 @@ def describe(annotation: Any) -> str:
         return plain[annotation]
     if annotation in (None, type(None)):
         return "none"
-    origin, arguments = typing.get_origin(annotation), tuple(typing.get_args(annotation))
+    origin, arguments = typing.get_origin(annotation), list(typing.get_args(annotation))
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in (Union, types.UnionType):
