@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -30,6 +28,10 @@ class World:
 
     def law(self, name: str) -> Tensor:
         return {"model": self.p, "target": self.q, "behaviour": self.s}[name].detach().exp()
+
+    def exact(self, divergence) -> Tensor:
+        """The divergence by its vocabulary sum."""
+        return divergence(self.z[None], self.y[None])[0]
 
     def gradient(self, scalar: Tensor) -> Tensor:
         if not scalar.requires_grad:
@@ -79,6 +81,3 @@ def generated(name: str, divergence, w: World) -> tuple[Tensor, Tensor]:
     if kind.startswith("[f(u)]"):
         return (law * f).sum(), ((law * u * slope)[:, None] * score).sum(0)
     return (law * f / u).sum(), ((law * slope)[:, None] * score).sum(0)
-
-
-LN2 = math.log(2.0)

@@ -91,7 +91,7 @@ def value(
     >>> import torch
     >>> from leibler.divergence import ReverseKL
     >>> p, q = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
-    >>> float((p.exp() * value(p, q, ReverseKL(), "k1", reduction="none")).sum().round(decimals=4))
+    >>> round(float((p.exp() * value(p, q, ReverseKL(), "k1", reduction="none")).sum()), 4)
     0.3681
     """
     divergence, chosen = _resolve(divergence, estimator, sampled_from)

@@ -120,25 +120,23 @@ def coefficients(
     """
     if credit not in CREDITS:
         raise RecipeError(f"credit must be one of {', '.join(CREDITS)}, not {credit!r}.")
-    l = wide(log_ratio)
+    log_u = wide(log_ratio)
     w = None if log_weight is None else wide(log_weight)
     if mask is not None:
-        l = torch.where(mask, l, torch.zeros_like(l))
+        log_u = torch.where(mask, log_u, torch.zeros_like(log_u))
     if credit == "sequence":
-        l = sequence_sum(l, mask, sequence)
+        log_u = sequence_sum(log_u, mask, sequence)
     if clamp is not None:
-        l = l.clamp(-clamp, clamp)
-    slope, value = _slope(divergence, l)
+        log_u = log_u.clamp(-clamp, clamp)
+    slope, value = _slope(divergence, log_u)
     if credit == "token":
         return slope if w is None else slope * w.exp()
     if credit == "sequence":
         return slope if w is None else slope * sequence_sum(w, mask, sequence).exp()
-    if values is not None:
-        later = wide(values)
-    else:
-        # The plain log-ratio for ReverseKL: the return-to-go that policy-gradient code sums, and right even for a
-        # target known only up to a constant.
-        later = l if direction(divergence) == "ReverseKL" else value
+    # The plain log-ratio for ReverseKL: the return-to-go that policy-gradient code sums, and right even for a
+    # target known only up to a constant.
+    sampled = log_u if direction(divergence) == "ReverseKL" else value
+    later = sampled if values is None else wide(values)
     if w is not None:
         # A sampled value depends on its own token as well, an exact one only on the tokens before it.
         up_to = so_far(w, mask, sequence)

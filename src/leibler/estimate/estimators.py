@@ -12,7 +12,7 @@ Mitigating Diversity Collapse in Reinforcement Learning with Verifiable Reward (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -97,11 +97,11 @@ class Exact(Estimator):
 
     level: ClassVar[Literal["sampled", "full"]] = "full"
 
-    def loss(self, divergence, model_logp, target_logp, sampled_from="model", behaviour_logp=None):
+    def loss(self, divergence: Any, model_logp, target_logp, sampled_from="model", behaviour_logp=None):
         """The divergence of each row; ``sampled_from`` and ``behaviour_logp`` do not matter."""
         return divergence(model_logp, target_logp)
 
-    def value(self, divergence, model_logp, target_logp, sampled_from="model", behaviour_logp=None):
+    def value(self, divergence: Any, model_logp, target_logp, sampled_from="model", behaviour_logp=None):
         """The divergence of each row, detached."""
         return divergence(model_logp.detach(), target_logp.detach())
 
@@ -113,7 +113,8 @@ class _KL(Estimator):
     Args:
         weight: ``"auto"``: the detached ratio p/s on a stale sample, none on a fresh one. ``"differentiable"``: the
             ratio p/s with its gradient, on fresh samples too (where it is 1 and only its gradient counts). ``None``:
-            no weight, the biased form that most released code uses on stale batches.
+            no weight, the biased form that most released code uses on stale batches. A weight per token corrects the
+            law of the token at hand, not that of the contexts before it (see ``leibler.estimate.credit``).
         clamp: bound on |k|; beyond it the gradient is exactly 0 (a bias that grows with the clipped mass).
     """
 

@@ -90,7 +90,9 @@ class AsReward(Estimator):
 
     def _loss(self, divergence: Generator, sample: Sample) -> tuple[Tensor, Tensor]:
         if sample.law == "target":
-            raise RecipeError("AsReward needs samples of the model or of a behaviour; on target samples use K1() or K3().")
+            raise RecipeError(
+                "AsReward needs samples of the model or of a behaviour; on target samples use K1() or K3()."
+            )
         k = self.penalty(sample.log_u)
         if self.weight is not None:
             k = k * sample.log_model_weight.exp()

@@ -49,7 +49,7 @@ class Sample:
         log_u: ``log p/q``, within +-``LARGEST_LOG_RATIO``; 0 where the token is impossible under both.
         log_model_weight: ``log p/s``: turns a mean over the sample into a mean over the model.
         log_target_weight: ``log q/s``: turns it into a mean over the target.
-        absent: the token is impossible under both p and q, or under the law it was drawn from: it contributes exactly 0.
+        absent: the token is impossible under both p and q, or under s: it contributes exactly 0.
         infinite: the token is impossible under exactly one of p and q.
     """
 

@@ -2,6 +2,9 @@
 
 ``FACTS`` lists, for each estimator and law, what the number carried by the loss averages to and what its gradient
 descends (ordinary automatic differentiation: none through the sampling). The tests prove every row by enumeration.
+In the names of functionals u = p/q, ``E_model``, ``E_target`` and ``E_behaviour`` are means over a law (the first
+two may depend on the model; E_behaviour never does), f is the generator less its tangent at 1, and ``E_s[c score]``
+is a gradient that need not be any functional's: the mean of c times grad log p.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ FACTS: tuple[Fact, ...] = (
          note="differentiating the weight spoils a gradient that was right without it"),
     Fact(K3(), "model", "ReverseKL", "ForwardKL", note=_FORWARD),
     Fact(K3(weight="differentiable"), "model", "ReverseKL", "ReverseKL", True),
-    Fact(LowVarKL(), "model", "ReverseKL", "ForwardKL", note=_FORWARD + "; both are cut at the clamps"),
+    Fact(LowVarKL(), "model", "ReverseKL", "ForwardKL", note=_FORWARD),
     Fact(AbsLogRatio(), "model", "E_model[|log u|]", "2 TotalVariation", note="a pull of constant strength"),
     Fact(AsReward("k1"), "model", "ReverseKL", "ReverseKL", True),
     Fact(AsReward("k2"), "model", _HALF.format("model"), "E_target[u (log u)^2/2 - u log u + u - 1]",
@@ -66,7 +69,7 @@ FACTS: tuple[Fact, ...] = (
     # Samples of the target (a stored set, a teacher, the old policy for a trust region).
     Fact(K1(), "target", "ForwardKL", "ForwardKL", True),
     Fact(K2(), "target", _HALF.format("target"), _HALF.format("target"), note="no named divergence"),
-    Fact(K3(), "target", "ForwardKL", "ForwardKL"),
+    Fact(K3(), "target", "ForwardKL", "ForwardKL", True),
     Fact(AbsLogRatio(), "target", "E_target[|log u|]", "E_target[|log u|]",
          note="0 gradient at u = 1: it does nothing on the first step after the target was copied from the model"),
     Fact(LogSquared(), "target", _HALF.format("target"), _HALF.format("target"), note="a regression"),
@@ -98,14 +101,18 @@ FACTS: tuple[Fact, ...] = (
     Fact(AsReward("abs", weight=None), "behaviour", "E_behaviour[|log u|]", "E_behaviour[log u |log u|]/2",
          note=_STALE),
     # Any f-divergence, by its generator.
-    Fact(Pathwise(), "target", ITSELF, ITSELF),
+    Fact(Pathwise(), "target", ITSELF, ITSELF, True),
     Fact(Pathwise(), "model", ITSELF, ITSELF, True, "each coefficient equals ScoreFunction's"),
-    Fact(Pathwise(weight=None), "model", "E_model[f(u)]", "E_model[f(u)], sampler held", note="the weight q/p is left out"),
+    Fact(Pathwise(weight=None), "model", "E_model[f(u)]", "E_model[f(u)], sampler held",
+         note="the weight q/p is left out"),
     Fact(Pathwise(), "behaviour", ITSELF, ITSELF, True),
-    Fact(Pathwise(weight=None), "behaviour", "E_behaviour[f(u)]", "E_behaviour[f(u)]", note="the weight q/s is left out"),
+    Fact(Pathwise(weight=None), "behaviour", "E_behaviour[f(u)]", "E_behaviour[f(u)]",
+         note="the weight q/s is left out"),
     Fact(ScoreFunction(), "model", ITSELF, ITSELF, True),
-    Fact(ScoreFunction(), "target", ITSELF, ITSELF, note="weighted by u; Pathwise() is the same without a weight"),
-    Fact(ScoreFunction(weight=None), "target", "E_target[f(u)/u]", "E_target[f'(u) score]", note="the weight u is left out"),
+    Fact(ScoreFunction(), "target", ITSELF, ITSELF, True,
+         note="weighted by u; Pathwise() is the same without a weight"),
+    Fact(ScoreFunction(weight=None), "target", "E_target[f(u)/u]", "E_target[f'(u) score]",
+         note="the weight u is left out"),
     Fact(ScoreFunction(), "behaviour", ITSELF, ITSELF, True),
     Fact(ScoreFunction(weight=None), "behaviour", "E_behaviour[f(u)/u]", "E_behaviour[f'(u) score]", note=_STALE),
 )  # fmt: skip
@@ -116,9 +123,9 @@ class Exactness:
     """What an estimator does for a divergence.
 
     Attributes:
-        value: the numbers that its loss carries average to the divergence.
-        gradient: its gradient averages to the divergence's.
-        averages_to, descends: the functionals they do average to.
+        value: the numbers that its loss carries average to the divergence, exactly.
+        gradient: its gradient averages to the divergence's, exactly.
+        averages_to, descends: the functionals they do average to (where no clamp acts).
         note: what to know before using it; empty when nothing.
     """
 
@@ -163,9 +170,7 @@ def has_generator(divergence: object) -> bool:
     return True
 
 
-def exactness(
-    divergence: object, estimator: Estimator, sampled_from: str = "model", stale: bool = False
-) -> Exactness:
+def exactness(divergence: object, estimator: Estimator, sampled_from: str = "model", stale: bool = False) -> Exactness:
     """What ``estimator`` does for ``divergence`` on samples of a law.
 
     Args:
@@ -192,15 +197,16 @@ def exactness(
         raise RecipeError(f"{estimator!r} is not defined on samples of the {law}; use {_listed(divergence, law)}.")
     if ITSELF in (fact.averages_to, fact.descends) and not has_generator(divergence):
         raise RecipeError(
-            f"{divergence!r} is no f-divergence with a scalar generator, so sampled tokens cannot estimate it; use Exact()."
+            f"{divergence!r} has no scalar generator f(u), so sampled tokens cannot estimate it; use Exact()."
         )
     averages_to = name if fact.averages_to == ITSELF else fact.averages_to
     descends = name if fact.descends == ITSELF else fact.descends
     note = fact.note
     clamp = getattr(estimator, "clamp", None)
-    if clamp is not None and not isinstance(estimator, LowVarKL):
+    if clamp is not None:
         note = (note + "; " if note else "") + f"biased where the clamp of {clamp:g} acts"
-    return Exactness(averages_to == name, descends == name, averages_to, descends, note)
+    exact = clamp is None
+    return Exactness(exact and averages_to == name, exact and descends == name, averages_to, descends, note)
 
 
 _CANDIDATES: tuple[Estimator, ...] = (
@@ -232,8 +238,13 @@ def alternatives(
 
 
 def _survives(divergence: object, fact: Fact) -> bool:
-    """Whether the gradient is unharmed by a missing normaliser: only log-linear coefficients are."""
-    return fact.unnormalised and (fact.descends != ITSELF or direction(divergence) == "ReverseKL")
+    """Whether the gradient is unharmed by a missing normaliser: the shift must only add a constant to the coefficient
+    (ReverseKL on samples of the model), or scale the part whose mean is 0 (ForwardKL on samples of the target)."""
+    if fact.descends != ITSELF:
+        return fact.unnormalised
+    return fact.unnormalised and direction(divergence) == (
+        "ForwardKL" if fact.sampled_from == "target" else "ReverseKL"
+    )
 
 
 def spelt(estimator: Estimator) -> str:
@@ -263,9 +274,10 @@ def check(
 ) -> Exactness:
     """Accept an estimator for a loss, or say in one sentence what descends ``divergence`` exactly.
 
-    Accepted are: an estimator whose gradient is that of ``divergence``; a published biased form asked for by its name
-    (``AbsLogRatio``, ``LogSquared``, ``AsReward("k3")``, ...); and an explicit ``weight=None`` on a stale sample where
-    the weighted form would be exact. What is biased about them is in the result.
+    Accepted are: an estimator whose gradient is that of ``divergence`` (a clamp is a stated bias); a published biased
+    form asked for by its name (``AbsLogRatio``, ``LogSquared``, ``AsReward("k3")``, ...); and an explicit
+    ``weight=None`` on a stale sample where the weighted form would be exact. What is biased about them is in the
+    result.
 
     Args:
         target_normalised: False for a target known up to a constant (a log-linear combination of models).
@@ -287,7 +299,7 @@ K1(weight='differentiable'), K3(weight='differentiable'), Pathwise(), ScoreFunct
         return exactness(divergence, estimator, law)
     result = exactness(divergence, estimator, law)
     name = direction(divergence) or repr(divergence)
-    if not result.gradient and not _by_name(divergence, estimator, law, result):
+    if result.descends != name and not _by_name(divergence, estimator, law):
         raise RecipeError(
             f"On samples of the {law} {spelt(estimator)} descends {result.descends}, not {name}; "
             f"use {_listed(divergence, law, target_normalised)}."
@@ -301,7 +313,7 @@ K1(weight='differentiable'), K3(weight='differentiable'), Pathwise(), ScoreFunct
     return result
 
 
-def _by_name(divergence: object, estimator: Estimator, law: str, result: Exactness) -> bool:
+def _by_name(divergence: object, estimator: Estimator, law: str) -> bool:
     """Whether a bias was asked for explicitly, so that it is reported and not refused."""
     if isinstance(estimator, LowVarKL):
         return law == "behaviour" and direction(divergence) == "ForwardKL"
