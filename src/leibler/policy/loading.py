@@ -55,6 +55,8 @@ def check_directory(source: str | Path) -> Path:
             f"{str(source)!r} is a file; give the directory that holds config.json, weights and tokenizer."
         )
     if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(f"{str(source)!r} holds an adapter only; give the merged checkpoint, or its base model.")
         raise ModelError(f"{str(source)!r} is not a checkpoint: it has no config.json; save one with save_pretrained.")
     if not any(path.glob("*.safetensors")):
         pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,8 @@ class CausalLM(nn.Module):
         self.tokenizer = tokenizer
         # Not len(tokenizer) alone: where ids have gaps, the last entry still has to be reachable.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+        if self.causal.base_model is self.causal:
+            raise ModelError(f"{type(self.causal).__name__} has no base model that gives hidden states without a head.")
         rows = self.head()[0].shape[0]
         if rows < self.vocab_size:
             raise ModelError(
@@ -120,7 +123,8 @@ class CausalLM(nn.Module):
         path = Path(path)
         network = self.causal
         if self.has_adapter:
-            cast(Any, self.network).save_pretrained(path / "adapter")
+            # "auto" would ask the hub whether the vocabulary was resized
+            cast(Any, self.network).save_pretrained(path / "adapter", save_embedding_layers=False)
             network = copy.deepcopy(cast(Any, self.network)).merge_and_unload()
         with quiet():
             network.save_pretrained(path)
@@ -163,10 +167,15 @@ class CausalLM(nn.Module):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion: the tokenizer's end of sequence and those of the generation settings."""
+        """Tokens that end a completion: the tokenizer's end of sequence and those of the generation settings.
+
+        Of the latter only special tokens count: a configuration that kept its default would else stop at a letter.
+        """
         extra = getattr(getattr(self.causal, "generation_config", None), "eos_token_id", None)
         extra = [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
-        return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *extra}))
+        added = self.tokenizer.added_tokens_decoder
+        special = {number for number in extra if number in added and added[number].special}
+        return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *special}))
 
     def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
         """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``."""
@@ -195,9 +204,16 @@ class CausalLM(nn.Module):
         if positions is None and attention is not None:
             positions = (attention.long().cumsum(1) - 1).clamp_min(0)
         base = self.causal.base_model
-        if positions is not None and _takes_positions(type(base)):
+        if positions is not None and "position_ids" in _accepts(type(base)):
             options["position_ids"] = positions
         return base(input_ids=tokens, attention_mask=attention, **options)
+
+    def check_cache(self) -> None:
+        """Raise a ``ModelError`` when the model cannot go on from a key-value cache, as sampling does."""
+        if "past_key_values" not in _accepts(type(self.causal.base_model)):
+            raise ModelError(
+                f"{type(self.causal).__name__} keeps no key-value cache, so it cannot be sampled from here."
+            )
 
     def check_length(self, length: int) -> None:
         """Raise a ``ModelError`` when a sequence of ``length`` tokens does not fit the context."""
@@ -218,7 +234,6 @@ class CausalLM(nn.Module):
             ModelError: the targets name no module, or the head or embedding.
         """
         from peft import LoraConfig, get_peft_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
 
         if self.has_adapter:
             raise ModelError("The model already has an adapter; save it and load the merged checkpoint first.")
@@ -236,12 +251,12 @@ class CausalLM(nn.Module):
                     f"An adapter on {name!r} (head or embedding) is not supported; leave it out of targets."
                 )
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of older Transformers names
                 torch.manual_seed(adapter.seed)
                 network = get_peft_model(self.causal, config)
         except ValueError as error:
             raise ModelError(f"The adapter does not fit the model: {first_line(error)}.") from error
-        assert not isinstance(self.causal.get_output_embeddings(), BaseTunerLayer)
         return CausalLM(network, self.tokenizer)
 
     @contextmanager
@@ -312,8 +327,12 @@ class CausalLM(nn.Module):
         scale = expected.abs().max().clamp_min(1e-6)
         linear = (seen["plain"] - expected).abs().max() <= tolerance * scale
         untouched = (logits.float() - seen["loud"].float()).abs().max() <= tolerance * 500
-        if not (linear and untouched):
-            kind = type(self.causal).__name__
+        kind = type(self.causal).__name__
+        if not linear:
+            raise ModelError(
+                f"{kind} changes its hidden states before the head, which cannot be reproduced from outside."
+            )
+        if not untouched:
             raise ModelError(
                 f"{kind} changes its logits after the head (soft-capping or scaling), which hidden @ W.T does not "
                 "reproduce; use a model without it."
@@ -321,8 +340,8 @@ class CausalLM(nn.Module):
 
 
 @functools.cache
-def _takes_positions(kind: type) -> bool:
-    return "position_ids" in inspect.signature(kind.forward).parameters
+def _accepts(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 @contextmanager

@@ -251,4 +251,5 @@ def _check(
         if not len(prompt):
             raise DataError(f"Prompt {number} is empty; start it with the begin token (encode_prompt does).")
     for model, _ in mixture:
+        model.check_cache()
         model.check_length(max(map(len, prompts), default=0) + uniforms.shape[1])

@@ -154,4 +154,4 @@ def tiny_llama(
     )
     with torch.random.fork_rng(devices=[]):  # Transformers draws initial weights from the global generator
         torch.manual_seed(seed)
-        return CausalLM(LlamaForCausalLM(config), tokenizer)
+        return CausalLM(LlamaForCausalLM(config), tokenizer).eval()

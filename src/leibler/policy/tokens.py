@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from leibler.divergence import SampledLogProb
 from leibler.errors import DataError
+from leibler.fused import Linear, Want, functionals
 from leibler.policy.model import CausalLM
 
 
@@ -62,6 +64,8 @@ def logprobs(
 ) -> Float[Tensor, " events"]:
     """Log-probability (nats) of each token that ``mask`` marks, flat in row-major order; differentiable in the model.
 
+    The logits of all tokens are never held at once.
+
     Args:
         model: whose law.
         tokens: as ``right_pad`` returns them (left padding will do as well).
@@ -69,9 +73,7 @@ def logprobs(
         mask: ``mask[b, t]`` asks for the log-probability of ``tokens[b, t + 1]``.
         temperature: log-probs of the law proportional to ``p ** (1 / temperature)``.
     """
-    hidden = model(tokens, attention)[:, :-1][mask]
-    targets = tokens[:, 1:][mask]
     weight, bias = model.head()
-    weight, bias = weight[: model.vocab_size], None if bias is None else bias[: model.vocab_size]
-    logits = torch.nn.functional.linear(hidden, weight, bias).float() / temperature
-    return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    head = Linear(model(tokens, attention)[:, :-1][mask], weight, bias, temperature)
+    wants = [Want(SampledLogProb())]
+    return functionals(head, wants, token=tokens[:, 1:][mask], vocab=model.vocab_size)[0]
