@@ -5,27 +5,50 @@ In formulas ``p`` is the model's row and ``q`` the target's; values are in nats.
 
 from __future__ import annotations
 
+from leibler.divergence.adaptive import AdaptiveKL
 from leibler.divergence.base import Divergence, block_rows, to_row
 from leibler.divergence.functionals import Entropy, SampledLogProb
+from leibler.divergence.geometric import CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
 from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
+from leibler.divergence.pair import Pair, pair
+from leibler.divergence.power import Alpha, ChiSquared, Hellinger, Power, Renyi, ReverseChiSquared, Tsallis
+from leibler.divergence.registry import get, names
 from leibler.divergence.rows import FLOOR, LN2, LOG2E, Functional, Row
+from leibler.divergence.tiers import RowFunction, SumForm, Swapped
 
 __all__ = [
     "FLOOR",
     "LN2",
     "LOG2E",
+    "AdaptiveKL",
+    "Alpha",
+    "CauchySchwarz",
+    "ChiSquared",
     "Divergence",
     "Entropy",
     "ForwardKL",
     "Functional",
+    "Hellinger",
     "Jeffreys",
     "JensenShannon",
+    "Pair",
+    "Power",
+    "Renyi",
+    "ReverseChiSquared",
     "ReverseKL",
     "Row",
+    "RowFunction",
     "SampledLogProb",
     "SkewForwardKL",
     "SkewReverseKL",
+    "SumForm",
+    "Swapped",
+    "TotalVariation",
+    "Tsallis",
     "block_rows",
+    "get",
+    "names",
+    "pair",
     "to_row",
 ]

@@ -108,7 +108,9 @@ class Divergence:
 
     def swapped(self) -> Divergence:
         """The divergence with its arguments exchanged, as a function of the model: ``D(q, p)``."""
-        raise RecipeError(f"{type(self).__name__} does not say what it is with its arguments exchanged: define swapped().")
+        raise RecipeError(
+            f"{type(self).__name__} does not say what it is with its arguments exchanged: define swapped()."
+        )
 
     # --- on logits ------------------------------------------------------------------------------------------------
     def __call__(
@@ -146,15 +148,14 @@ class Divergence:
             raise RecipeError(
                 f"The mask is {mask.dtype} of shape {list(mask.shape)}: give bool of shape {list(shape)}, one per row."
             )
-        model, target = model_logits.flatten(0, -2), target_logits.detach().flatten(0, -2)
-        if model_logits.dim() == 1:
-            model, target = model_logits[None], target_logits.detach()[None]
+        count, vocab = shape.numel(), model_logits.shape[-1]
+        model, target = model_logits.reshape(count, vocab), target_logits.detach().reshape(count, vocab)
         if mask is None:
             return _Rows.apply(self, model, target, 1.0 / temperature).reshape(shape)
         # Masked rows are removed, not multiplied by 0, so that garbage in them (NaN too) cannot leak.
         index = mask.reshape(-1).nonzero().squeeze(-1)
         values = _Rows.apply(self, model[index], target[index], 1.0 / temperature)
-        return values.new_zeros(model.shape[0]).index_copy(0, index, values).reshape(shape)
+        return values.new_zeros(count).index_copy(0, index, values).reshape(shape)
 
 
 def _last(tensor: Tensor) -> int | str:

@@ -19,7 +19,7 @@ from leibler.errors import RecipeError
 
 TINY = 2.0**-100
 """Floor of the mixture's probability: an entry below it contributes nothing, and log2 of denormals is slow."""
-SMALL = 0.02
+SMALL = 0.1
 """Below this many nats a row is computed again from log-ratios, because logarithms of probabilities cancel."""
 
 
@@ -108,7 +108,7 @@ class JensenShannon(Divergence):
         return None
 
     def inverse_conjugate(self, z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """``(1 - beta) log((1 - beta exp(-z / beta)) / (1 - beta))`` on ``z > beta log beta``; a tangent near the edge."""
+        """``(1 - beta) log((1 - beta exp(-z / beta)) / (1 - beta))`` on ``z > beta log beta``; tangent near it."""
         beta = self.beta
         edge = beta * (math.log(beta) + 0.01)
         inside = z.clamp(min=edge)
@@ -162,7 +162,8 @@ class SkewForwardKL(Divergence):
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
         if self.lam == 0.0:
-            return ForwardKL()._add_gradient(grad, coefficient, model, target, saved)
+            ForwardKL()._add_gradient(grad, coefficient, model, target, saved)
+            return
         _add_centred(grad, coefficient * (self.lam - 1.0), model, saved)
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -177,7 +178,9 @@ class SkewForwardKL(Divergence):
     def inadmissible(self) -> str | None:
         if self.lam == 0.0:
             return None
-        return f"f'(0) = {(self.lam - 1.0) / self.lam:g} of SkewForwardKL is finite, so an optimum may leave entries at 0"
+        return (
+            f"f'(0) = {(self.lam - 1.0) / self.lam:g} of SkewForwardKL is finite, so an optimum may leave entries at 0"
+        )
 
     def swapped(self) -> Divergence:
         return SkewReverseKL(self.lam)
@@ -226,7 +229,8 @@ class SkewReverseKL(Divergence):
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
         if self.lam == 0.0:
-            return ReverseKL()._add_gradient(grad, coefficient, model, target, saved)
+            ReverseKL()._add_gradient(grad, coefficient, model, target, saved)
+            return
         _add_centred(grad, coefficient, model, saved)
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -125,7 +125,7 @@ def _centred_kl(
         weights, total, maximum, mean = weights[index], total[index], maximum[index], mean[index]
         logits, other, difference = logits[index], other[index], difference[index]
     deviation = (difference - mean).mul_(LN2)
-    extreme = bool((deviation.amin() < -EXTREME))
+    extreme = bool(deviation.amin() < -EXTREME)
     integrand = torch.expm1(-deviation).add_(deviation)
     if extreme:
         # exp(-d) under a's weight is b's weight: weights * exp(-d) = 2^(other - maximum + mean), which is bounded.
