@@ -6,7 +6,7 @@ In formulas ``p`` is the model's row and ``q`` the target's; values are in nats.
 from __future__ import annotations
 
 from leibler.divergence.adaptive import AdaptiveKL
-from leibler.divergence.base import Divergence, block_rows, to_row
+from leibler.divergence.base import Divergence, block_rows
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
@@ -14,7 +14,7 @@ from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewRevers
 from leibler.divergence.pair import Pair, pair
 from leibler.divergence.power import Alpha, ChiSquared, Hellinger, Power, Renyi, ReverseChiSquared, Tsallis
 from leibler.divergence.registry import get, names
-from leibler.divergence.rows import FLOOR, LN2, LOG2E, Functional, Row
+from leibler.divergence.rows import FLOOR, LN2, LOG2E, Functional, Row, to_row
 from leibler.divergence.tiers import RowFunction, SumForm, Swapped
 
 __all__ = [

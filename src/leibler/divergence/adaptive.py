@@ -13,7 +13,6 @@ from leibler.divergence.base import HUGE, Divergence
 from leibler.divergence.kl import ForwardKL, ReverseKL
 from leibler.divergence.pair import pair
 from leibler.divergence.rows import Row
-from leibler.divergence.tiers import RowFunction
 from leibler.errors import RecipeError
 
 FIRST = 64
@@ -44,13 +43,13 @@ class AdaptiveKL(Divergence):
         if not 0.0 <= self.head_mass <= 1.0:
             raise RecipeError(f"AdaptiveKL(head_mass={self.head_mass}) is not a mass: take 0 <= head_mass <= 1.")
 
+    def _forward_weight(self, model: Row, target: Row) -> Float[Tensor, "rows 1"]:
+        return _head_share(target, model, self.head_mass)
+
     def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
-        gap = (model.p - target.p).abs_()
-        total, head = gap.sum(dim=-1), head_sum(target.p, gap, self.head_mass)
-        weight = torch.where(total > 0.0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5).clamp(max=1.0)
-        both = pair(model, target)
-        values = _share(weight, both.forward_kl) + _share(1.0 - weight, both.reverse_kl)
-        return values, weight.unsqueeze(-1)
+        weight, both = self._forward_weight(model, target), pair(model, target)
+        share = weight.squeeze(-1)
+        return _times(share, both.forward_kl) + _times(1.0 - share, both.reverse_kl), weight
 
     def _add_gradient(
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
@@ -59,20 +58,29 @@ class AdaptiveKL(Divergence):
         ReverseKL()._add_gradient(grad, coefficient * (1.0 - saved), model, target, None)
 
     def swapped(self) -> Divergence:
-        return RowFunction(self._exchanged)
-
-    def _exchanged(
-        self, logp: Float[Tensor, "rows vocab"], logq: Float[Tensor, "rows vocab"]
-    ) -> Float[Tensor, " rows"]:
-        p, q = logp.exp(), logq.exp()
-        with torch.no_grad():
-            gap = (p - q).abs()
-            total, head = gap.sum(dim=-1), head_sum(p, gap, self.head_mass)
-            weight = torch.where(total > 0.0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
-        return weight * (p * (logp - logq)).sum(dim=-1) + (1.0 - weight) * (q * (logq - logp)).sum(dim=-1)
+        return _ExchangedAdaptiveKL(self.head_mass)
 
 
-def _share(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+@dataclass(frozen=True)
+class _ExchangedAdaptiveKL(AdaptiveKL):
+    """``AdaptiveKL`` of (target, model): the head is the model's."""
+
+    def _forward_weight(self, model: Row, target: Row) -> Float[Tensor, "rows 1"]:
+        return 1.0 - _head_share(model, target, self.head_mass)
+
+    def swapped(self) -> Divergence:
+        return AdaptiveKL(self.head_mass)
+
+
+def _head_share(ranked: Row, other: Row, head_mass: float) -> Float[Tensor, "rows 1"]:
+    """The head's part of ``sum |p - q|``, 1/2 where that sum is 0."""
+    gap = (ranked.p - other.p).abs_()
+    total, head = gap.sum(dim=-1), head_sum(ranked.p, gap, head_mass)
+    share = torch.where(total > 0.0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
+    return share.clamp(max=1.0).unsqueeze(-1)
+
+
+def _times(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """``weight * value`` with ``0 * inf = 0``: a side without weight takes no part."""
     return torch.where(weight > 0.0, weight * value.clamp(max=2.0 * HUGE), 0.0)
 

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from leibler.divergence.rows import FLOOR, LOG2E, Row
+from leibler.divergence.pair import Pair
+from leibler.divergence.rows import Row
 from leibler.errors import RecipeError
 
 HUGE = 1e20
@@ -20,13 +21,6 @@ _BLOCK = 2**19
 def block_rows(vocab: int) -> int:
     """Rows per block such that a block of float32 takes 1 to 2 MB and stays in the processor's cache."""
     return max(2, min(64, _BLOCK // max(vocab, 1)))
-
-
-def to_row(logits: Float[Tensor, "rows vocab"], scale: float = 1.0) -> Row:
-    """A ``Row`` of natural logits times ``scale``: float32 at least, base 2, ``FLOOR`` in place of -inf."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    # Clamping last also catches logits (such as finfo.min) that overflow to -inf when they are scaled.
-    return Row((logits.to(dtype) * (LOG2E * scale)).clamp_(min=FLOOR))
 
 
 @dataclass(frozen=True)
@@ -175,7 +169,8 @@ class _Rows(torch.autograd.Function):
         step = block_rows(vocab)
         for start in range(0, count, step):
             block = slice(start, start + step)
-            p, q = to_row(model[block].to(dtype), scale), to_row(target[block].to(dtype), scale)
+            both = Pair.of_logits(model[block].to(dtype), target[block].to(dtype), scale)
+            p, q = both.model, both.target
             values[block], saved = divergence.value(p, q, None)
             if gradient is not None:
                 piece = gradient[block]

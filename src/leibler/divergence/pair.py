@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from leibler.divergence.rows import LN2, LOG2E, Row
+from leibler.divergence.rows import FLOOR, LN2, LOG2E, Row
 
 SMALL_KL = 0.5
 """Below this many nats the KL is computed again in its centred form, which keeps relative accuracy down to 0."""
@@ -33,6 +33,21 @@ class Pair:
 
     def __init__(self, model: Row, target: Row) -> None:
         self.model, self.target = model, target
+
+    @classmethod
+    def of_logits(
+        cls, model: Float[Tensor, "rows vocab"], target: Float[Tensor, "rows vocab"], scale: float = 1.0
+    ) -> Pair:
+        """The pair of two blocks of natural logits times ``scale``, with -inf replaced by ``FLOOR``.
+
+        The difference is taken before the change to base 2: it is exact for close logits, where rounding in the
+        products would otherwise show in the sixth digit.
+        """
+        model, target = model.clamp(min=FLOOR), target.clamp(min=FLOOR)
+        self = cls(Row(model * (LOG2E * scale)), Row(target * (LOG2E * scale)))
+        self.difference = (target - model).mul_(LOG2E * scale)
+        self.model.pairs[id(self.target)] = self
+        return self
 
     @cached_property
     def difference(self) -> Float[Tensor, "rows vocab"]:

@@ -72,6 +72,13 @@ class Row:
         return (self.logits - self.normaliser) * LN2
 
 
+def to_row(logits: Float[Tensor, "rows vocab"], scale: float = 1.0) -> Row:
+    """A ``Row`` of natural logits times ``scale``: float32 at least, base 2, ``FLOOR`` in place of -inf."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Clamping first also catches logits (such as finfo.min) that would overflow when they are scaled.
+    return Row(logits.to(dtype).clamp(min=FLOOR) * (LOG2E * scale))
+
+
 @runtime_checkable
 class Functional(Protocol):
     """One number per row, with its gradient by the model's (natural) logits.
