@@ -95,7 +95,7 @@ class Recipe:
             behaviour = Old() if origin.law == Old() else Behaviour()
             term = replace(term, sampled_from="behaviour", behaviour=behaviour)
         if term.credit == "token":
-            check(term.divergence, term.estimator, term.sampled_from)
+            check(term.divergence, term.estimator, term.sampled_from, target_normalised=term.to.normalised)
         return term
 
     def _with_defaults(self) -> dict[str, ModelRule]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from leibler.errors import DataError, RecipeError
-from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
+from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows
 from leibler.objective.signals import Validation
 from leibler.objective.targets import Handle, Model, Old, Target
 
@@ -78,6 +78,11 @@ class Source:
     def datasets(self) -> Mapping[str, str]:
         """The data it reads, by name, and what it needs of them: ``prompts`` or ``labels``."""
         return {}
+
+    @property
+    def needs_validation(self) -> bool:
+        """True if what is drawn depends on validation metrics."""
+        return False
 
     def init(self) -> State:
         return {}
@@ -257,6 +262,10 @@ class Staged(Source):
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()
 
+    @property
+    def needs_validation(self) -> bool:
+        return self.source.needs_validation
+
     def init(self) -> State:
         return self.source.init()
 
@@ -289,6 +298,10 @@ class Mixture(Source):
             for name, kind in source.datasets().items():
                 found[name] = "labels" if "labels" in (kind, found.get(name)) else kind
         return found
+
+    @property
+    def needs_validation(self) -> bool:
+        return any(source.needs_validation for _, source in self.sources)
 
     def init(self) -> State:
         return {name: source.init() for name, source in self.sources}
@@ -352,6 +365,10 @@ class Adaptive(Source):
     def datasets(self) -> Mapping[str, str]:
         return {**self.rollouts.datasets(), **self.data.datasets()}
 
+    @property
+    def needs_validation(self) -> bool:
+        return True
+
     def init(self) -> State:
         return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": []}
 
@@ -394,18 +411,3 @@ def _unpack(items: Sequence[State], context: Context) -> Rows:
     records = [Record(item["prompt"]) for item in items]
     return _rows(pairs, list(range(len(items))), [SAMPLE] * len(items), records, context)
 
-
-__all__ = [
-    "Adaptive",
-    "Context",
-    "Data",
-    "Mixture",
-    "OnPolicy",
-    "Origin",
-    "RaiseOnWorse",
-    "Sampled",
-    "Source",
-    "Stage",
-    "Staged",
-    "concatenate",
-]

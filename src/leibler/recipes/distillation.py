@@ -1,0 +1,138 @@
+"""Distillation: match a teacher, on data, on the student's own responses, or on both."""
+
+from __future__ import annotations
+
+from leibler.divergence import AdaptiveKL, Divergence, ForwardKL, JensenShannon, ReverseKL, SkewForwardKL
+from leibler.estimate import K2
+from leibler.objective import (
+    Arithmetic,
+    Behaviour,
+    Clip,
+    GroupAny,
+    GroupNormalised,
+    Imitate,
+    Importance,
+    Linear,
+    LogLinear,
+    LogRatio,
+    Match,
+    Model,
+    Objective,
+    Old,
+    Policy,
+    PolicyGradient,
+    Ratio,
+    Reward,
+    Signal,
+    Teacher,
+    ToGo,
+    Whitened,
+)
+from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score
+
+
+def sft() -> Recipe:
+    """Maximum likelihood of given completions."""
+    return Recipe(Data(), Objective(Imitate()))
+
+
+def kd(divergence: Divergence = ForwardKL(), imitate: float = 0.0) -> Recipe:
+    """Distilling the Knowledge in a Neural Network (2015): the teacher's law at every token of given completions.
+
+    Args:
+        divergence: forward KL as published.
+        imitate: coefficient of the completions' own likelihood.
+    """
+    return Recipe(Data(), Objective(Match(divergence, to=Teacher()), Imitate(coefficient=imitate)))
+
+
+def gkd(divergence: Divergence = JensenShannon(0.5)) -> Recipe:
+    """On-Policy Distillation of Language Models (2023): a generalised Jensen-Shannon divergence on own responses."""
+    return Recipe(OnPolicy(), Objective(Match(divergence, to=Teacher())))
+
+
+def minillm(
+    teacher_share: float = 0.2, epochs: int = 4, minibatches: int = 1, clip: float = 0.2, start: int = 1,
+    text: str | None = None,
+) -> Recipe:
+    """Knowledge Distillation of Large Language Models (2023): reverse KL of whole responses.
+
+    The gradient is split into the exact single-step part and a sampled part with the log-ratios still to come,
+    normalised by length. Responses are sampled from a mixture of student and teacher at each token, so the ratio that
+    is clipped is that of the student to the mixture.
+
+    Args:
+        teacher_share: the teacher's weight in the sampling mixture.
+        epochs, minibatches, clip: of the clipped updates on each draw.
+        start: 1 as derived in the paper; 0 as in the released code, which counts the immediate log-ratio twice.
+        text: the name of a data set of plain text whose likelihood is added, if any.
+    """
+    future = LogRatio(Teacher(), Old()) >> ToGo(start=start, per="remaining") >> Whitened()
+    roll = OnPolicy(sampler=Arithmetic({Old(): 1 - teacher_share, Teacher(): teacher_share}))
+    terms = (
+        PolicyGradient(future, Clip(clip, anchor=Behaviour()), on="roll"),
+        Match(ReverseKL(), to=Teacher(), weight=Importance(Policy(), Behaviour(), most=5.0), on="roll"),
+    )
+    if text is None:
+        return Recipe(Mixture(roll=roll), Objective(*terms), Schedule(minibatches, epochs))
+    source = Mixture(roll=roll, text=Data(text))
+    return Recipe(source, Objective(*terms, Imitate(on="text")), Schedule(minibatches, epochs))
+
+
+def distillm(lam: float = 0.1, capacity: int = 1000, text: str | None = None) -> Recipe:
+    """DistiLLM (2024): skewed forward KL on an adaptive mixture of data, own responses and replayed ones.
+
+    Args:
+        lam: the student's share in the skewed mixture.
+        capacity: responses that the replay buffer holds.
+        text: the name of a data set of plain text whose likelihood is added, if any.
+    """
+    main = Adaptive(Data(), OnPolicy(), capacity=capacity)
+    match = Match(SkewForwardKL(lam), to=Teacher(), on="main")
+    if text is None:
+        return Recipe(Mixture(main=main), Objective(match))
+    return Recipe(Mixture(main=main, text=Data(text)), Objective(match, Imitate(on="text")))
+
+
+def akl(head_mass: float = 0.5) -> Recipe:
+    """Rethinking Kullback-Leibler Divergence in Knowledge Distillation (2024): forward and reverse KL, weighted by the
+    gaps in the head and the tail of the teacher's law.
+
+    Args:
+        head_mass: the teacher's probability that makes up its head.
+    """
+    return Recipe(Data(), Objective(Match(AdaptiveKL(head_mass), to=Teacher())))
+
+
+def kdrl(
+    group_size: int = 8, clip: float = 0.2, coefficient: Signal | float = Linear(5e-3, 1e-3, steps=200),
+    guided: bool = False,
+) -> Recipe:
+    """KDRL (2025): GRPO joined with on-policy distillation by the reverse KL.
+
+    Args:
+        coefficient: of the reverse KL to the teacher.
+        guided: distil only where no response of the group was right.
+    """
+    return Recipe(
+        OnPolicy(group_size) >> Score(Answer()),
+        Objective(
+            PolicyGradient(Reward() >> GroupNormalised(), Clip(clip)),
+            Match(
+                ReverseKL(), to=Teacher(), estimator=K2(), coefficient=coefficient, weight=~GroupAny() if guided else 1.0
+            ),
+        ),
+    )
+
+
+def g_opd(scale: float = 1.25, clip: float | None = 10.0) -> Recipe:
+    """Learning beyond Teacher (2026): on-policy distillation to ``teacher^scale * base^(1 - scale)``.
+
+    ``scale=1`` is plain on-policy distillation for any base; above 1 it extrapolates away from the base.
+
+    Args:
+        scale: the reward's scaling.
+        clip: bound of each log-ratio of teacher to base (rare tokens of the base blow up otherwise).
+    """
+    target = LogLinear({Teacher(): scale, Model("base"): 1 - scale}, clip=clip)
+    return Recipe(OnPolicy(), Objective(PolicyGradient(LogRatio(target, Policy()), Ratio())))

@@ -1,0 +1,42 @@
+"""The engine: recipes, sources, stages, models, the loop.
+
+Example:
+    >>> from leibler.train import Data, OnPolicy, Recipe, Schedule, fit
+"""
+
+from leibler.train.loop import Run, fit
+from leibler.train.models import EMA, Frozen, ModelRule, Snapshot, Trained, ValueHead
+from leibler.train.options import Options
+from leibler.train.plan import describe
+from leibler.train.recipe import Recipe, Schedule
+from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
+from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, MuteEqual, Score, WinRate
+
+__all__ = [
+    "EMA",
+    "Adaptive",
+    "Answer",
+    "AnswerJudge",
+    "BestAndWorst",
+    "Context",
+    "Data",
+    "Frozen",
+    "Mixture",
+    "ModelRule",
+    "MuteEqual",
+    "OnPolicy",
+    "Options",
+    "RaiseOnWorse",
+    "Recipe",
+    "Run",
+    "Sampled",
+    "Schedule",
+    "Score",
+    "Snapshot",
+    "Source",
+    "Trained",
+    "ValueHead",
+    "WinRate",
+    "describe",
+    "fit",
+]

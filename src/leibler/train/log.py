@@ -1,0 +1,120 @@
+"""What a run writes and shows: one JSON line a step, and a progress display that falls back to plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Lines:
+    """A JSON-lines file that is flushed to disk at checkpoints and cut back to an earlier length on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        self.file.write(json.dumps(clean) + "\n")
+        self.file.flush()
+
+    def sync(self) -> int:
+        """Flush to disk; the length so far in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.path.stat().st_size
+
+    def cut(self, length: int) -> None:
+        """Drop what was written after ``length`` bytes: those steps will be done again."""
+        self.file.flush()
+        os.truncate(self.path, length)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+SHOWN = ("loss", "reward", "divergence", "entropy")
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The numbers that a person watches: the loss, the reward, one divergence, the entropy."""
+    out = {k: metrics[k] for k in ("loss", "reward", "entropy") if k in metrics}
+    divergences = [k for k in metrics if k.startswith("divergence/")]
+    if divergences:
+        out["divergence"] = metrics[divergences[0]]
+    return {k: out[k] for k in SHOWN if k in out}
+
+
+class Progress:
+    """Steps done, the headline numbers, tokens per second and the time left.
+
+    A live bar on a terminal; otherwise a plain line now and then; nothing when ``quiet``.
+    """
+
+    def __init__(self, total: int, *, label: str = "train", quiet: bool = False, done: int = 0) -> None:
+        self.total, self.label, self.quiet = total, label, quiet
+        self.started, self.first, self.last_line = time.monotonic(), done, 0.0
+        self.bar: Any = None
+        self.task: Any = None
+        if not quiet and sys.stderr.isatty():
+            self.bar, self.task = _bar(total, label, done)
+            self.bar.start()
+
+    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+        if self.quiet:
+            return
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in headline(metrics).items())
+        text = f"{shown}  {_count(tokens_per_second)} tok/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+            return
+        now = time.monotonic()
+        if now - self.last_line < 5.0 and step not in (1, self.total):
+            return
+        self.last_line = now
+        rate = (step - self.first) / max(now - self.started, 1e-9)
+        left = (self.total - step) / rate if rate > 0 else 0.0
+        print(f"{self.label} {step}/{self.total}  {text}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(message, highlight=False)
+        elif not self.quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _bar(total: int, label: str, done: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns: Sequence[Any] = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    bar = Bar(*columns, console=Console(stderr=True), transient=False)
+    return bar, bar.add_task(label, total=total, completed=done, text="")
+
+
+def _count(x: float) -> str:
+    return f"{x / 1000:.1f}k" if x >= 1000 else f"{x:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,516 @@
+"""The loop: draw, annotate, step, write down, check-point."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leibler.errors import RunError
+from leibler.objective.rows import Rows, View
+from leibler.objective.signals import Signal, StepEnd, Validation
+from leibler.train import checkpoint, setup
+from leibler.train.engine import Engine, Step
+from leibler.train.log import Lines, Progress
+from leibler.train.models import Trained, resolve
+from leibler.train.options import Options
+from leibler.train.recipe import Recipe
+from leibler.train.sources import Context
+from leibler.train.validation import validate
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset
+    from leibler.policy import CausalLM
+
+EMPTY_DRAWS = 20
+"""Draws in a row that may leave no row to learn from before the run stops with a diagnosis."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        out: its directory.
+        policy: the trained model.
+        metrics: the last step's.
+        validation: the last validation's, if there was one.
+    """
+
+    out: Path
+    policy: CausalLM
+    metrics: Mapping[str, float]
+    validation: Mapping[str, float]
+
+
+def fit(
+    recipe: Recipe | str,
+    *,
+    student: CausalLM | str | Path,
+    data: Any,
+    out: str | Path,
+    teacher: CausalLM | str | Path | None = None,
+    models: Mapping[str, CausalLM | str | Path] | None = None,
+    validation: Any = None,
+    options: Options | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Run:
+    """Train a model by a recipe.
+
+    Args:
+        recipe: a `Recipe`, or the slug of a published one.
+        student: the model to train: a directory, a hub id or a `CausalLM`.
+        data: records (a file, ``task:NAME``, ``corpus:stdlib``, a Datasets object, a list of dicts), or a mapping of
+            names to such when the recipe draws from several.
+        out: the run directory; it must not hold another run.
+        teacher, models: the other models that the recipe names.
+        validation: held-out records.
+        options, **changes: see `Options`; ``fit(..., steps=100)`` changes one.
+        resume: go on with the run in ``out`` from its newest whole checkpoint.
+        quiet: show nothing.
+        origin: what to write into ``run.yaml`` about where the recipe came from (its slug and overrides).
+
+    Returns:
+        The finished run; ``out/final`` holds the model as a Transformers checkpoint.
+
+    Raises:
+        LeiblerError: in one sentence, what does not fit, before the first step.
+        KeyboardInterrupt: after a checkpoint was saved.
+
+    Example:
+        >>> import tempfile
+        >>> from leibler.data import load
+        >>> from leibler.policy import character_tokenizer, tiny_llama
+        >>> from leibler.train import fit
+        >>> records = [{"prompt": "2+2=", "completion": "4"}] * 4
+        >>> student = tiny_llama(character_tokenizer(["0123456789+="]), hidden=16, layers=1, heads=2)
+        >>> out = tempfile.mkdtemp()
+        >>> run = fit("sft", student=student, data=records, out=out, steps=2, batch_size=4, quiet=True)
+        >>> sorted(p.name for p in run.out.iterdir() if p.name != "checkpoints")[:2]
+        ['final', 'metrics.jsonl']
+    """
+    options = replace(options or Options(), **changes)
+    if isinstance(recipe, str):
+        from leibler import recipes
+
+        origin = origin or {"recipe": recipe}
+        recipe = recipes.get(recipe)
+    out = Path(out)
+    setup.claim_directory(out, resume=resume)
+    try:
+        trainer = _Trainer(recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet)
+    except BaseException:
+        if not resume and out.is_dir() and not any(p for p in out.rglob("*") if p.is_file()):
+            _remove_empty(out)
+        raise
+    if not resume:
+        setup.write_run_file(out, _description(origin, student, teacher, models, data, validation, out, options, trainer))
+    return trainer.run()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        recipe: Recipe,
+        student: Any,
+        teacher: Any,
+        models: Mapping[str, Any],
+        data: Any,
+        validation: Any,
+        out: Path,
+        options: Options,
+        resume: bool,
+        quiet: bool,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.recipe, self.options, self.out, self.quiet = recipe, options, out, quiet
+        self.accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            log_with="tensorboard" if options.tensorboard else None,
+            project_dir=str(out),
+        )
+        policy = setup.load_model(student, options, trained=True, key="student")
+        policy.requires_grad_(True) if not policy.has_adapter else None
+        given = {name: setup.load_model(m, options, trained=False, key=f"models.{name}") for name, m in models.items()}
+        if teacher is not None:
+            given["teacher"] = setup.load_model(teacher, options, trained=False, key="teacher")
+        specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
+        self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
+        self.validation = self._validation(validation, policy)
+        for name, dataset in self.data.items():
+            if dataset.set_aside_count:
+                self._say(f"data.{name}: {dataset.set_aside_report()}")
+
+        device = self.accelerator.device
+        policy.to(device)
+        self.models, self.modules = resolve(recipe.models, policy, given)
+        for model in (*self.models.values(), *self.modules.values()):
+            model.to(device)
+        self.models["policy"] = policy
+        groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
+        for name, module in self.modules.items():
+            rule = recipe.models[name]
+            assert isinstance(rule, Trained)
+            scale = rule.learning_rate / options.learning_rate if rule.learning_rate else 1.0
+            groups.append({"params": list(module.parameters()), "scale": scale})
+        self.raw_optimizer = torch.optim.AdamW(
+            groups,
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            foreach=True,
+        )
+        wrapped, self.optimizer = self.accelerator.prepare(policy, self.raw_optimizer)
+        world = self.accelerator.num_processes
+        self.engine = Engine(
+            recipe,
+            wrapped,
+            self.models,
+            self.modules,
+            temperature=options.temperature,
+            micro_rows=options.micro_batch_size,
+            seed=options.seed,
+            backward=self.accelerator.backward,
+            reduce=(lambda x: self.accelerator.reduce(x, "sum")) if world > 1 else None,
+            world=world,
+        )
+        self.step = self.draw = 0
+        self.source_state = recipe.source.init()
+        self.stateful = _stateful(recipe)
+        self.states: dict[Hashable, Any] = {s: s.init() for s in self.stateful}
+        self.stop = False
+        self.last: dict[str, float] = {}
+        self.validated: dict[str, float] = {}
+        self.saved_at = -1
+        self.metrics = Lines(out / "metrics.jsonl")
+        self.timings = Lines(out / "timings.jsonl")
+        self.samples = Lines(out / "samples.jsonl")
+        self.validations = Lines(out / "validation.jsonl")
+        if resume:
+            self._resume()
+        if options.tensorboard:
+            self.accelerator.init_trackers("tensorboard")
+
+    # ---- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        progress = Progress(self.options.steps, quiet=self.quiet or not self.main, done=self.step)
+        empty = 0
+        try:
+            with self._interruptible():
+                while self.step < self.options.steps and not self.stop:
+                    self._refresh_rounds()
+                    drawn = self._draw()
+                    if not any(len(rows) for rows in drawn.values()):
+                        empty += 1
+                        if empty >= EMPTY_DRAWS:
+                            raise RunError(
+                                f"{empty} draws in a row left no row to learn from; the stages drop every group: "
+                                "check the reward or the judge on samples.jsonl."
+                            )
+                        continue
+                    empty = 0
+                    self._use(drawn, progress)
+                    self._due()
+            if self.stop:
+                self._save()
+                progress.say(f"interrupted after step {self.step}; go on with: leibler train --resume {self.out}")
+                raise KeyboardInterrupt
+        finally:
+            progress.close()
+        if self.validation is not None and not (self.options.validate_every and self._on(self.options.validate_every)):
+            self._validate()
+        if self.main:
+            self.models["policy"].save(self.out / "final")
+        for file in (self.metrics, self.timings, self.samples, self.validations):
+            file.close()
+        if self.options.tensorboard:
+            self.accelerator.end_training()
+        return Run(self.out, self.models["policy"].eval(), self.last, self.validated)
+
+    def _draw(self) -> dict[str, Rows]:
+        schedule = self.recipe.schedule
+        context = Context(
+            models=self.models,
+            data=self.data,
+            seed=self.options.seed,
+            draw=self.draw,
+            step=self.step,
+            steps=self.options.steps,
+            rows=self.options.batch_size * schedule.minibatches,
+            max_new_tokens=self.options.max_new_tokens,
+            max_length=setup.max_length(self.models["policy"]),
+            temperature=self.options.temperature,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        drawn, self.source_state = self.recipe.source.draw(context, self.source_state)
+        self.draw += 1
+        return drawn
+
+    def _use(self, drawn: Mapping[str, Rows], progress: Progress) -> None:
+        started = time.monotonic()
+        views = self.engine.annotate(drawn, self.step, self.states)
+        for batch in self._batches(views):
+            result = self._optimise(batch)
+            self.step += 1
+            self._write(result, batch, time.monotonic() - started, progress)
+            started = time.monotonic()
+            if self.step >= self.options.steps:
+                return
+
+    def _batches(self, views: Mapping[str, View]) -> Iterator[dict[str, View]]:
+        """Optimiser batches of whole groups, in an order derived from (seed, draw, epoch)."""
+        from leibler.policy.randomness import generator
+
+        schedule = self.recipe.schedule
+        if schedule.single_use:
+            yield {s: v.at(self.step, self.states) for s, v in views.items()}
+            return
+        for epoch in range(schedule.epochs):
+            parts = {}
+            for stream, view in views.items():
+                order = torch.randperm(
+                    view.rows.groups, generator=generator(self.options.seed, f"minibatch/{stream}", self.draw, epoch)
+                )
+                parts[stream] = [order[i :: schedule.minibatches] for i in range(schedule.minibatches)]
+            for number in range(schedule.minibatches):
+                batch = {}
+                for stream, view in views.items():
+                    chosen = torch.isin(view.rows.group_index.cpu(), parts[stream][number])
+                    batch[stream] = view.select(chosen.nonzero()[:, 0].to(view.rows.tokens.device))
+                yield {s: v.at(self.step, self.states) for s, v in batch.items()}
+
+    def _optimise(self, batch: Mapping[str, View]) -> Step:
+        rate = self.options.rate(self.step)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.optimizer.zero_grad()
+        result = self.engine.accumulate(batch)
+        parameters = [p for g in self.raw_optimizer.param_groups for p in g["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        self.optimizer.step()
+        result.metrics["grad_norm"] = float(norm)
+        result.metrics["learning_rate"] = rate
+        for name, rule in self.recipe.models.items():
+            if not isinstance(rule, Trained) and rule.due(self.step + 1, 0):
+                rule.refresh(self.models[name], self.models["policy"])
+        for signal_, owner in self.stateful.items():
+            event = StepEnd(self.step + 1, result.metrics, result.own.get(owner, {}))
+            self.states[signal_] = signal_.observe(self.states[signal_], event)
+        return result
+
+    def _refresh_rounds(self) -> None:
+        every = self.recipe.schedule.steps_per_round
+        for name, rule in self.recipe.models.items():
+            if every and not isinstance(rule, Trained) and rule.due(self.step, every) and not rule.due(self.step, 0):
+                rule.refresh(self.models[name], self.models["policy"])
+
+    # ---- writing down ------------------------------------------------------------------------------------------------
+
+    def _write(self, result: Step, batch: Mapping[str, View], seconds: float, progress: Progress) -> None:
+        metrics = dict(result.metrics)
+        for stream, view in batch.items():
+            suffix = f"/{stream}" if len(batch) > 1 else ""
+            if "reward" in view.rows.columns:
+                reward = self._mean(view.rows.columns["reward"])
+                metrics["reward" + suffix] = reward
+                metrics.setdefault("reward", reward)
+            metrics["length" + suffix] = self._mean(view.rows.length.float())
+        self.last = metrics
+        tokens_per_second = metrics["tokens"] / max(seconds, 1e-9)
+        if self.main:
+            self.metrics.write(step=self.step, **metrics)
+            self.timings.write(step=self.step, seconds=seconds, tokens_per_second=tokens_per_second)
+            if self.options.sample_every and (self.step - 1) % self.options.sample_every == 0:
+                self._write_samples(batch)
+            if self.options.tensorboard:
+                self.accelerator.log(metrics, step=self.step)
+        progress.update(self.step, metrics, tokens_per_second)
+
+    def _write_samples(self, batch: Mapping[str, View], most: int = 4) -> None:
+        for stream, view in batch.items():
+            rows = view.rows
+            for i in range(min(most, len(rows.records))):
+                extra = {"reward": float(rows.columns["reward"][i])} if "reward" in rows.columns else {}
+                self.samples.write(
+                    step=self.step, stream=stream, prompt=rows.records[i].prompt, completion=rows.texts[i], **extra
+                )
+
+    def _mean(self, x: torch.Tensor) -> float:
+        pair = torch.stack([x.double().sum(), torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)])
+        total, count = self.engine.reduce(pair).tolist()
+        return total / max(count, 1.0)
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _say(self, message: str) -> None:
+        if not self.quiet and self.main:
+            import sys
+
+            print(message, file=sys.stderr, flush=True)
+
+    def _on(self, every: int) -> bool:
+        return self.step // every > max(self.last_due, 0) // every
+
+    last_due = 0
+
+    def _due(self) -> None:
+        """Validation and checkpoint, when a multiple of their interval was reached since the last draw."""
+        o = self.options
+        if o.validate_every and self.validation is not None and self._on(o.validate_every):
+            self._validate()
+        if o.save_every and self._on(o.save_every):
+            self._save()
+        self.last_due = self.step
+
+    def _validation(self, given: Any, policy: CausalLM) -> Dataset | None:
+        if given is not None:
+            return setup.usable(given, ("prompt",), policy, self.options, self.out / "set_aside" / "validation.jsonl")
+        if not self.recipe.source.needs_validation:
+            return None
+        # A source that listens to the validation gets one: a twentieth of the data, and twenty looks at it.
+        name = next(iter(self.data))
+        self.data[name], held_out = self.data[name].split(0.05, self.options.seed)
+        if not self.options.validate_every:
+            self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
+        return held_out
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        metrics = validate(
+            self.models,
+            self.validation,
+            temperature=self.options.temperature,
+            max_new_tokens=self.options.max_new_tokens,
+        )
+        self.validated = metrics
+        if self.main:
+            self.validations.write(step=self.step, **metrics)
+        event = Validation(self.step, metrics)
+        self.source_state = self.recipe.source.observe(self.source_state, event)
+        for signal_ in self.stateful:
+            self.states[signal_] = signal_.observe(self.states[signal_], event)
+
+    # ---- saving --------------------------------------------------------------------------------------------------------
+
+    def _saved_modules(self) -> dict[str, torch.nn.Module]:
+        moving = {n: self.models[n] for n, r in self.recipe.models.items() if r.moves and n in self.models}
+        return {"policy": self.models["policy"], **moving, **self.modules}
+
+    def _save(self) -> None:
+        if not self.main or self.saved_at == self.step:
+            return
+        lengths = {f.path.name: f.sync() for f in (self.metrics, self.timings, self.samples, self.validations)}
+        state = {
+            "draw": self.draw,
+            "last_due": self.last_due,
+            "source": self.source_state,
+            "signals": [self.states[s] for s in self.stateful],
+            "lengths": lengths,
+            "last": self.last,
+        }
+        checkpoint.save(
+            self.out / "checkpoints", self.step, self._saved_modules(), self.raw_optimizer, state, self.options.keep
+        )
+        self.saved_at = self.step
+
+    def _resume(self) -> None:
+        path, complaints = checkpoint.latest(self.out / "checkpoints")
+        for complaint in complaints:
+            self._say(complaint)
+        if path is None:
+            # Interrupted before the first checkpoint: the same run from its first step.
+            for file in (self.metrics, self.timings, self.samples, self.validations):
+                file.cut(0)
+            return
+        state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
+        self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
+        self.source_state = state["source"]
+        self.states = dict(zip(self.stateful, state["signals"], strict=True))
+        self.last = state["last"]
+        for file in (self.metrics, self.timings, self.samples, self.validations):
+            file.cut(state["lengths"][file.path.name])
+        self.saved_at = self.step
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C (or a TERM signal) ends the run after the current draw; the second ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _: Any) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            self._say("stopping after this draw and saving; once more to stop at once without saving")
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:
+    """The signals that keep state, in order, with the part that each belongs to."""
+    found: dict[Signal, Hashable] = {}
+    for signal_, owner in recipe.objective.walk():
+        if signal_.init() is not None:
+            found.setdefault(signal_, owner)
+    return found
+
+
+def _remove_empty(out: Path) -> None:
+    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
+        folder.rmdir()
+    out.rmdir()
+
+
+def _description(
+    origin: Mapping[str, Any] | None,
+    student: Any,
+    teacher: Any,
+    models: Mapping[str, Any] | None,
+    data: Any,
+    validation: Any,
+    out: Path,
+    options: Options,
+    trainer: _Trainer,
+) -> dict[str, Any]:
+    from leibler.train.plan import describe
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, (str, Path)):
+            return None if value is None else str(value)
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return getattr(value, "name", None) or f"<{type(value).__name__} given in memory>"
+
+    return {
+        **(origin or {"recipe": "custom"}),
+        "student": plain(student),
+        "teacher": plain(teacher),
+        "models": plain(dict(models or {})),
+        "data": plain(data),
+        "validation": plain(validation),
+        "out": str(out),
+        "options": asdict(options),
+        "data_hashes": {name: d.content_hash for name, d in trainer.data.items()},
+        "description": describe(trainer.recipe),
+    }

@@ -1,0 +1,75 @@
+"""The options of a run that do not belong to the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from leibler.errors import RunError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long, how large, how fast, how often.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences in an optimiser batch (over all processes).
+        micro_batch_size: sequences in a forward pass; None: as many as 16,384 tokens allow. Changes no number but
+            rounding.
+        learning_rate, warmup, decay, weight_decay, beta1, beta2, max_grad_norm: of AdamW; ``warmup`` in steps, ``decay``
+            to zero over the run by a line or a cosine, or not at all.
+        max_new_tokens, temperature: of sampled responses; every log-prob is taken at this temperature.
+        seed: all randomness is derived from it.
+        save_every: optimiser steps between checkpoints (0: only when interrupted); ``keep`` newest stay.
+        validate_every: optimiser steps between validations (0: at the end only, if there is validation data).
+        sample_every: steps between the samples that are written down.
+        adapter_rank: train a LoRA adapter of this rank instead of the weights.
+        gradient_checkpointing, dtype: as in Transformers.
+        mixed_precision: Accelerate's: no, bf16 or fp16.
+        tensorboard: also write TensorBoard event files.
+        trust_remote_code: run Python code that comes with a checkpoint.
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-5
+    warmup: int = 0
+    decay: Literal["none", "linear", "cosine"] = "none"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    save_every: int = 0
+    keep: int = 2
+    validate_every: int = 0
+    sample_every: int = 10
+    adapter_rank: int | None = None
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tensorboard: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise RunError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise RunError(f"{name}={getattr(self, name)} must be greater than 0.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise RunError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimiser step ``step`` (counted from 0)."""
+        import math
+
+        warm = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        done = min(max(step - self.warmup, 0) / max(self.steps - self.warmup, 1), 1.0)
+        fall = {"none": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
+        return self.learning_rate * warm * fall

@@ -1,0 +1,153 @@
+"""What a run is made of before its first step: directory, data, models; every complaint comes here, not in hour six."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leibler.errors import DataError, ModelError, RunError
+from leibler.objective.terms import Preference
+from leibler.train.options import Options
+from leibler.train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset, Record
+    from leibler.policy import CausalLM
+
+RUN_FILE = "run.yaml"
+
+
+def claim_directory(out: Path, *, resume: bool) -> None:
+    """Make the run directory, or refuse one that holds something else."""
+    if resume:
+        if not (out / RUN_FILE).exists():
+            raise RunError(f"{out} holds no run to resume (it has no {RUN_FILE}); check the path.")
+        return
+    if out.is_file():
+        raise RunError(f"out={out} is a file; give a directory.")
+    if out.exists() and any(out.iterdir()):
+        what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
+        raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def write_run_file(out: Path, description: Mapping[str, Any]) -> None:
+    """``run.yaml``: everything needed to repeat the run."""
+    import yaml
+
+    packages = ("leibler", "torch", "transformers", "accelerate", "datasets", "peft")
+    whole = {
+        **description,
+        "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["leibler", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("leibler", "__main__.py") else "",
+    }
+    (out / RUN_FILE).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """A ``run.yaml``, or the one in a run directory."""
+    import yaml
+
+    path = path / RUN_FILE if path.is_dir() else path
+    if not path.exists():
+        raise RunError(f"{path} does not exist; give a run directory or its {RUN_FILE}.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RunError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); restore it from the run.") from error
+    if not isinstance(content, dict) or "recipe" not in content:
+        raise RunError(f"{path} does not describe a run (no 'recipe'); give a {RUN_FILE} that leibler train wrote.")
+    return content
+
+
+def load_model(source: Any, options: Options, *, trained: bool, key: str) -> CausalLM:
+    """A model from a directory or hub id (a `CausalLM` passes)."""
+    from leibler.policy import CausalLM, Lora
+
+    adapter = Lora(rank=options.adapter_rank) if trained and options.adapter_rank else None
+    if isinstance(source, CausalLM):
+        return source.adapted(adapter) if adapter else source
+    try:
+        return CausalLM.load(
+            source,
+            dtype=getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+            adapter=adapter,
+            gradient_checkpointing=trained and options.gradient_checkpointing,
+        )
+    except ModelError as error:
+        raise ModelError(f"{key}={source}: {error}") from error
+
+
+def max_length(policy: CausalLM) -> int:
+    return policy.context or 1 << 30
+
+
+def load_data(
+    recipe: Recipe, specs: Mapping[str, Any], policy: CausalLM, options: Options, out: Path
+) -> dict[str, Dataset]:
+    """Every data set that the recipe draws from, without the rows that cannot be used (kept aside in a file)."""
+    needed = dict(recipe.source.datasets())
+    for name in specs:
+        if name not in needed:
+            known = ", ".join(needed) or "none"
+            raise DataError(f"data.{name} is not used by this recipe, which draws from: {known}; leave it out.")
+    pairs = any(isinstance(t, Preference) and t.on and _labels(recipe, t.on) for t in recipe.objective.terms)
+    loaded = {}
+    for name, kind in needed.items():
+        if name not in specs:
+            option = "data=FILE" if name == "train" else f"data.{name}=FILE"
+            raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
+        needs = ("prompt",) if kind == "prompts" else ("prompt", "chosen", "rejected") if pairs else ("prompt", "completion")
+        loaded[name] = usable(specs[name], needs, policy, options, out / "set_aside" / f"{name}.jsonl", kind)
+    return loaded
+
+
+def _labels(recipe: Recipe, stream: str) -> bool:
+    return recipe.source.streams()[stream].law is None
+
+
+def usable(
+    spec: Any, needs: tuple[str, ...], policy: CausalLM, options: Options, aside: Path, kind: str = "labels"
+) -> Dataset:
+    """Load data and set aside the rows that do not fit the model's context."""
+    from leibler.data import load
+
+    data = load(spec, needs=needs, set_aside=aside)
+    limit = max_length(policy)
+    keep, long = [], []
+    for index, record in enumerate(data.records):
+        length = _length(record, policy, options.max_new_tokens if kind == "prompts" else 0)
+        (keep if length <= limit else long).append(index)
+    if not long:
+        return data
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    with aside.open("a", encoding="utf-8") as file:
+        for index in long:
+            record = data[index]
+            row = {"file": record.source or data.name, "reason": "longer than the model's context", "raw": record.prompt}
+            file.write(json.dumps(row) + "\n")
+    if not keep:
+        raise DataError(
+            f"every row of {data.name} is longer than the model's context of {limit} tokens; shorten the rows or lower "
+            "max_new_tokens."
+        )
+    kept = data.select(keep)
+    summary = {**data.set_aside_summary, "longer than the model's context": len(long)}
+    from dataclasses import replace
+
+    return replace(kept, set_aside_summary=summary, set_aside_path=aside)
+
+
+def _length(record: Record, policy: CausalLM, new: int) -> int:
+    answers = [t for t in (record.completion, record.chosen, record.rejected) if t is not None]
+    longest = max([new, *(len(policy.encode_completion(t)) for t in answers)] if not new else [new])
+    return len(policy.encode_prompt(record.prompt)) + longest
