@@ -44,7 +44,6 @@ BAD = {
     "null-completion": (b'{"prompt": "a", "completion": null}', "'completion' is missing"),
     "empty-completion": (b'{"prompt": "a", "completion": ""}', "'completion' is empty"),
     "blank-completion": (b'{"prompt": "a", "completion": " \\n "}', "'completion' is empty"),
-    "empty-prompt": (b'{"prompt": "", "completion": "b"}', "'prompt' is empty"),
     "number": (b'{"prompt": 3, "completion": "b"}', "'prompt' is not text"),
     "list": (b'{"prompt": "a", "completion": ["b"]}', "'completion' is not text"),
     "nested": (b'{"prompt": {"prompt": {"prompt": "a"}}, "completion": "b"}', "'prompt' is not text"),
@@ -115,6 +114,13 @@ def test_a_bad_row_does_not_use_up_its_id(tmp_path):
     rows = [{"prompt": "", "id": 1}, {"prompt": "a", "id": 1}]
     with pytest.warns(UserWarning, match="1 of 2"):
         assert [r.id for r in load(rows)] == ["1"]
+
+
+def test_an_empty_prompt_needs_a_response():
+    with pytest.warns(UserWarning, match="1 x 'prompt' is empty"):
+        assert [r.completion for r in load([{"prompt": ""}, {"prompt": "", "completion": "plain text"}])] == [
+            "plain text"
+        ]
 
 
 def test_other_columns_are_kept():

@@ -72,6 +72,9 @@ def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
     texts = {name: _text(row, name, needs) for name in TEXT_FIELDS}
     if texts["prompt"] is None:
         raise BadRow("'prompt' is missing")
+    # With a response an empty prompt is plain text to learn, which begins at the begin token.
+    if not any(texts.values()):
+        raise BadRow("'prompt' is empty")
     answer, identity = (_scalar(row, name, needs) for name in ("answer", "id"))
     extra = {key: value for key, value in row.items() if key not in FIELDS}
     for name in needs:
@@ -100,8 +103,8 @@ def _text(row: Mapping[str, Any], name: str, needs: Sequence[str]) -> str | None
         raise BadRow(_CHAT, f"'{name}' is a list of messages")
     if not isinstance(value, str):
         raise BadRow(f"'{name}' is not text", f"it is {_kind(value)}")
-    # A prompt may consist of blanks (a line of code to continue); a response of blanks says nothing.
-    if not (value if name == "prompt" else value.strip()):
+    # A prompt may consist of blanks (an indentation to continue from); a response of blanks says nothing.
+    if name != "prompt" and not value.strip():
         raise BadRow(f"'{name}' is empty")
     return value
 
