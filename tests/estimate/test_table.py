@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from estimate.enumerated import World, functional, generated
-from leibler.divergence import ChiSquared, ForwardKL, JensenShannon, Renyi, ReverseKL, TotalVariation
+from leibler.divergence import (
+    Alpha,
+    ChiSquared,
+    ForwardKL,
+    JensenShannon,
+    Renyi,
+    ReverseKL,
+    Swapped,
+    TotalVariation,
+    Tsallis,
+)
 from leibler.errors import RecipeError
 from leibler.estimate import (
     FACTS,
@@ -181,6 +191,22 @@ def test_refused_in_one_sentence_that_names_the_remedy(divergence, estimator, la
     with pytest.raises(RecipeError, match=says) as caught:
         check(divergence, estimator, law)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        (Alpha(1.0), "ReverseKL"),
+        (Alpha(0.0), "ForwardKL"),
+        (Swapped(ForwardKL()), "ReverseKL"),
+        (Tsallis(1.0), "ReverseKL"),
+    ],
+    ids=repr,
+)
+def test_a_kl_is_recognised_under_another_name(other, name):
+    assert exactness(other, K2(), "model").descends == "ReverseKL"
+    assert exactness(other, K2(), "model").gradient == (name == "ReverseKL")
+    assert not exactness(Alpha(1.001), K2(), "model").gradient
 
 
 def test_a_stale_sample_of_the_model_is_a_behaviour():

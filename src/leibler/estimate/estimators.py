@@ -12,6 +12,7 @@ Mitigating Diversity Collapse in Reinforcement Learning with Verifiable Reward (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -31,13 +32,22 @@ class Generator(Protocol):
     def f_prime(self, log_u: Tensor) -> Tensor: ...
 
 
-def direction(divergence: object) -> Literal["ReverseKL", "ForwardKL"] | None:
-    """Which of the two KL divergences this is, if either."""
-    from leibler.divergence import ForwardKL, ReverseKL
+@lru_cache(maxsize=256)
+def direction(divergence: Any) -> Literal["ReverseKL", "ForwardKL"] | None:
+    """Which of the two KL divergences this is, if either, under whatever name.
 
-    if divergence == ReverseKL():
+    A divergence is its generator up to the tangent at 1: ``f'(u) - f'(1)`` is log u for ReverseKL and 1 - 1/u for
+    ForwardKL, so ``Alpha(1.0)`` and ``Swapped(ForwardKL())`` are recognised too.
+    """
+    log_u = torch.tensor([-1.7, -0.3, 0.0, 0.4, 1.1], dtype=torch.float64)
+    try:
+        slope = divergence.f_prime(log_u)
+    except (RecipeError, AttributeError):
+        return None
+    slope = slope - slope[2]
+    if torch.allclose(slope, log_u, rtol=0, atol=1e-12):
         return "ReverseKL"
-    return "ForwardKL" if divergence == ForwardKL() else None
+    return "ForwardKL" if torch.allclose(slope, -torch.expm1(-log_u), rtol=0, atol=1e-12) else None
 
 
 @dataclass(frozen=True)
