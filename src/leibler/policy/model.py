@@ -225,7 +225,10 @@ class CausalLM(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass from now on."""
-        self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The name it has in later releases of Transformers 5, where there is one.
+        causal = cast(Any, self.causal)
+        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def adapted(self, adapter: Lora) -> CausalLM:
         """The same model with a trainable low-rank adapter and frozen weights; the layers are replaced in place.
@@ -253,6 +256,7 @@ class CausalLM(nn.Module):
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of older Transformers names
+                warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sets this right for GPT-2 by itself
                 torch.manual_seed(adapter.seed)
                 network = get_peft_model(self.causal, config)
         except ValueError as error:

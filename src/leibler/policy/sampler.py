@@ -88,7 +88,7 @@ def sample(
     """
     mixture = _mixture(models)
     main = mixture[0][0]
-    _check(mixture, prompts, uniforms, temperature, top_p, group_size)
+    _check(mixture, prompts, uniforms, temperature, top_p, group_size, max_batch)
     device = main.device
     limit = uniforms.shape[1]
     # Rows sorted by prompt, so that padding is small and the rows of a group stay together.
@@ -233,6 +233,7 @@ def _check(
     temperature: float,
     top_p: float | None,
     group_size: int,
+    max_batch: int | None,
 ) -> None:
     if uniforms.dim() != 2 or uniforms.shape[0] != len(prompts) * group_size:
         raise DataError(
@@ -247,6 +248,8 @@ def _check(
         raise DataError(f"temperature must be at least 0, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise DataError(f"top_p must be above 0 and at most 1, not {top_p}.")
+    if group_size < 1 or (max_batch is not None and max_batch < 1):
+        raise DataError(f"group_size and max_batch must be at least 1, not {group_size} and {max_batch}.")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"Prompt {number} is empty; start it with the begin token (encode_prompt does).")
