@@ -177,7 +177,9 @@ def test_nothing_but_parts_is_evaluated(text):
 
 
 def test_an_unknown_part_suggests_the_nearest():
-    with pytest.raises(RecipeError, match=r"key=ReversKL\(\): ReversKL is not a part of the library \(did you mean Rev"):
+    with pytest.raises(
+        RecipeError, match=r"key=ReversKL\(\): ReversKL is not a part of the library \(did you mean Rev"
+    ):
         convert("ReversKL()", Divergence, "key")
 
 
@@ -187,7 +189,7 @@ def test_a_part_with_wrong_arguments_says_which():
 
 
 def test_a_part_that_refuses_its_arguments_is_heard():
-    with pytest.raises(RecipeError, match="JensenShannon|beta"):
+    with pytest.raises(RecipeError, match=r"beta.*7"):
         convert("JensenShannon(beta=7)", Divergence, "key")
 
 
@@ -225,7 +227,9 @@ class Outer:
 
 def test_changes_reach_any_depth_and_leave_the_original_alone():
     value = Outer()
-    changed = replace(value, {"inner.size": "4", "several.1.rate": "0.5", "table.x.names": "u,v", "several.0.size": "2"})
+    changed = replace(
+        value, {"inner.size": "4", "several.1.rate": "0.5", "table.x.names": "u,v", "several.0.size": "2"}
+    )
     assert changed == Outer(Inner(4), (Inner(2), Inner(2, 0.5)), {"x": Inner(7, names=("u", "v"))})
     assert value == Outer()
 
@@ -242,7 +246,10 @@ def test_changes_are_checked_together():
     ("path", "message"),
     [
         ("iner.size", r"p\.iner\.size is not a known key \(did you mean p\.inner\.size"),
-        ("inner.siz", r"p\.inner\.siz is not a known key \(did you mean p\.inner\.size\?\); known under p\.inner: size"),
+        (
+            "inner.siz",
+            r"p\.inner\.siz is not a known key \(did you mean p\.inner\.size\?\); known under p\.inner: size",
+        ),
         ("several.2.size", r"p\.several\.2\.size is not a known key \(did you mean p\.several\.[01]\.size"),
         ("size", r"p\.size is not a known key \(did you mean p\.inner\.size or p\.several\.0\.size"),
         ("inner.size.deeper", r"p\.inner\.size\.deeper is not a known key: p\.inner\.size is 3, which has no parts"),

@@ -53,7 +53,9 @@ def test_names_are_the_slugs():
 
 
 def test_listing_methods_imports_no_tensor_library():
-    code = "import sys; from leibler import recipes; recipes.names(); recipes.find('dpo'); print('torch' in sys.modules)"
+    code = (
+        "import sys; from leibler import recipes; recipes.names(); recipes.find('dpo'); print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -76,7 +78,9 @@ def test_a_wrong_parameter_names_the_known_ones(monkeypatch):
 
     monkeypatch.setattr(recipes, "function", lambda slug: build)
     assert recipes.get("grpo", beta=0.5) == (0.5, 8)
-    with pytest.raises(RecipeError, match=r"grpo has no parameter bta \(did you mean beta\?\); it has beta, group_size"):
+    with pytest.raises(
+        RecipeError, match=r"grpo has no parameter bta \(did you mean beta\?\); it has beta, group_size"
+    ):
         recipes.get("grpo", bta=0.5)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from leibler.errors import RecipeError
 from leibler.recipes.registry import METHODS
 
-Experiment = Callable[[], tuple[str, bool]]
+Experiment = Callable[[], tuple[Any, Any]]
+"""Returns what was observed (shown as text) and whether the claim holds."""
 NOT_CLAIMS = ("framework", "simplex")
 """Modules of this package that hold tools and no claims."""
 
@@ -89,7 +90,7 @@ def claim(slug: str, text: str, expected: str, full: bool = False) -> Callable[[
     return declare
 
 
-def declared(experiment: Experiment) -> list[Claim]:
+def declared(experiment: Callable[..., Any]) -> list[Claim]:
     """The claims that a function was decorated with, in the order of reading."""
     return list(reversed(experiment.__dict__.get("claims", [])))
 
