@@ -40,6 +40,11 @@ class Divergence:
     def needs_target(self) -> bool:
         return True
 
+    @property
+    def ceiling(self) -> float:
+        """Values from here on are infinite."""
+        return HUGE
+
     # --- the functional -------------------------------------------------------------------------------------------
     def value(
         self, model: Row, target: Row | None, token: Int[Tensor, " rows"] | None = None
@@ -48,7 +53,7 @@ class Divergence:
         if target is None:
             raise RecipeError(f"{type(self).__name__} compares two rows: give it a target.")
         values, saved = self._value(model, target)
-        infinite = values > HUGE
+        infinite = values >= self.ceiling
         if bool(infinite.any()):
             return values.masked_fill(infinite, torch.inf), (infinite, saved)
         return values, (None, saved)

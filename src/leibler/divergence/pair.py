@@ -72,12 +72,12 @@ class Pair:
     @cached_property
     def model_lacks(self) -> Bool[Tensor, " rows"] | None:
         """Rows where some entry has q > 0 = p; ``None`` where that cannot be."""
-        return _lacks(self.model.support, self.target.support)
+        return _lacks(self.model, self.target)
 
     @cached_property
     def target_lacks(self) -> Bool[Tensor, " rows"] | None:
         """Rows where some entry has p > 0 = q; ``None`` where that cannot be."""
-        return _lacks(self.target.support, self.model.support)
+        return _lacks(self.target, self.model)
 
     @cached_property
     def forward_kl(self) -> Float[Tensor, " rows"]:
@@ -109,11 +109,13 @@ def infinite(values: Float[Tensor, " rows"], where: Bool[Tensor, " rows"] | None
     return values if where is None else values.masked_fill(where, torch.inf)
 
 
-def _lacks(support: Tensor | None, other: Tensor | None) -> Bool[Tensor, " rows"] | None:
-    if support is None:
+def _lacks(row: Row, other: Row) -> Bool[Tensor, " rows"] | None:
+    if row.support is None:
         return None
-    outside = ~support
-    return (outside if other is None else outside & other).any(dim=-1)
+    lacking = ~row.support
+    if other.support is not None:
+        lacking &= other.support
+    return lacking.any(dim=-1)
 
 
 def _centred_kl(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from leibler.divergence.base import HUGE, Divergence
-from leibler.divergence.generators import bounded_expm1, exponent_limit
+from leibler.divergence.generators import bounded_expm1
 from leibler.divergence.kl import ForwardKL, ReverseKL
 from leibler.divergence.pair import EXTREME, infinite, pair, vecdot
 from leibler.divergence.rows import LN2, Row
@@ -30,11 +30,12 @@ SMALL = 0.02
 
 
 class _Saved(NamedTuple):
+    log_s: Float[Tensor, "rows 1"]
     slope: Float[Tensor, "rows 1"]
-    """Derivative of the value by log S; in the band around order 1, by S."""
+    """Derivative of the value by log S."""
     blend: Row | None
-    excess: Float[Tensor, "rows 1"] | None
-    """S - 1, in the band around order 1 only."""
+    in_band: Bool[Tensor, "rows 1"] | None
+    """Rows whose S - 1 is a mean of ``expm1``."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class PowerKernel(Divergence):
         return ReverseKL() if abs(self.order - 1.0) < LIMIT else None
 
     @property
+    def ceiling(self) -> float:
+        # Infinity of a power is told by the supports; any finite value, however large, is meant.
+        return HUGE if self.logarithmic else math.inf
+
+    @property
     def _scale(self) -> float:
         return self.weight / (self.order * (self.order - 1.0))
 
@@ -73,31 +79,37 @@ class PowerKernel(Divergence):
             values, saved = self._limit._value(model, target)
             return values * self.weight, saved
         order, scale, both = self.order, self._scale, pair(model, target)
-        blend, excess = None, None
-        if abs(order) < BAND:
-            excess = _mean_expm1(order, target, both.log_ratio)
-        elif abs(order - 1.0) < BAND:
-            excess = _mean_expm1(order - 1.0, model, both.log_ratio)
-        if excess is None:
+        blend = None
+        log_s, in_band = self._banded(model, target)
+        if in_band is None or not bool(in_band.all()):
             blend = Row(torch.lerp(target.logits, model.logits, order))
-            log_s = LN2 * (blend.normaliser - order * model.normaliser - (1.0 - order) * target.normaliser)
-            log_s = self._refined(log_s, model, target)
-        else:
-            log_s = torch.log1p(excess)
-        values = scale * (log_s if self.logarithmic else torch.expm1(log_s) if excess is None else excess)
-        values = values.clamp(min=0.0).squeeze(-1)
+            plain = LN2 * (blend.normaliser - order * model.normaliser - (1.0 - order) * target.normaliser)
+            plain = self._refined(plain, model, target)
+            log_s = plain if log_s is None or in_band is None else torch.where(in_band, log_s, plain)
+        assert log_s is not None
+        values = (scale * (log_s if self.logarithmic else torch.expm1(log_s))).squeeze(-1)
+        values = values.clamp_(min=0.0).abs_()  # abs: no -0.0 for identical rows
         if order < 0.0:
             values = infinite(values, both.model_lacks)
         if order > 1.0:
             values = infinite(values, both.target_lacks)
-        near_one = abs(order - 1.0) < BAND
-        slope = torch.full_like(log_s, scale)
-        if self.logarithmic == near_one:
-            # By log S: scale, or scale * S. By S: scale / S, or scale.
-            slope = slope * torch.exp(-log_s if near_one else log_s)
+        slope = torch.full_like(log_s, scale) if self.logarithmic else scale * torch.exp(log_s)
         # An infinite row has a coefficient of 0 later; it must meet a finite number there.
-        slope = torch.where(values.unsqueeze(-1) < HUGE, slope, 0.0)
-        return values, _Saved(slope, blend, excess if near_one else None)
+        slope = torch.where(values.unsqueeze(-1).isfinite(), slope, 0.0)
+        return values, _Saved(log_s, slope, blend, in_band)
+
+    def _banded(self, model: Row, target: Row) -> tuple[Float[Tensor, "rows 1"] | None, Bool[Tensor, "rows 1"] | None]:
+        """log S for orders near 0 or 1, and the rows where that is safe: their exponentials cannot overflow."""
+        if abs(self.order) < BAND:
+            row, power = target, self.order
+        elif abs(self.order - 1.0) < BAND:
+            row, power = model, self.order - 1.0
+        else:
+            return None, None
+        # Entries of no weight may have any ratio, infinite ones too; they do not count.
+        exponent = (pair(model, target).log_ratio * power).masked_fill_(row.weights == 0.0, 0.0)
+        safe = exponent.amax(dim=-1, keepdim=True) < EXTREME
+        return torch.log1p(vecdot(row.weights, exponent.expm1_()) / row.total), safe
 
     def _refined(self, log_s: Float[Tensor, "rows 1"], model: Row, target: Row) -> Float[Tensor, "rows 1"]:
         """log S of close rows from ``S - 1 = E_q[expm1(a x) - a expm1(x)]``, x the log-ratio: relatively accurate."""
@@ -122,12 +134,15 @@ class PowerKernel(Divergence):
         if self._limit is not None:
             self._limit._add_gradient(grad, coefficient * self.weight, model, target, saved)
             return
-        scaled = coefficient * (saved.slope * self.order)
-        if saved.excess is not None:
-            # dS = a p (exp((a - 1) x) - S): two numbers close to 1, each less 1.
-            factor = _bounded_power(self.order - 1.0, pair(model, target).log_ratio).sub_(saved.excess)
-            grad.addcmul_(factor.mul_(model.weights), scaled / model.total)
-            return
+        scaled, near_one = coefficient * (saved.slope * self.order), saved.in_band
+        if near_one is not None and abs(self.order) > BAND:
+            # d log S = a p (exp((a - 1) x - log S) - 1): as a difference w - p it would lose digits to 1 / (a - 1).
+            exponent = (pair(model, target).log_ratio * (self.order - 1.0)).sub_(saved.log_s).clamp_(max=EXTREME)
+            inside = torch.where(near_one, scaled, 0.0)
+            grad.addcmul_(exponent.expm1_().mul_(model.weights), inside / model.total)
+            if saved.blend is None:
+                return
+            scaled = scaled - inside
         blend = saved.blend or Row(torch.lerp(target.logits, model.logits, self.order))
         grad.addcmul_(blend.weights, scaled / blend.total)
         grad.addcmul_(model.weights, -scaled / model.total)
@@ -181,15 +196,6 @@ class PowerKernel(Divergence):
 
     def swapped(self) -> Divergence:
         return Power(1.0 - self.order, self.weight, self.logarithmic)
-
-
-def _mean_expm1(power: float, row: Row, x: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
-    return vecdot(row.weights, _bounded_power(power, x)) / row.total
-
-
-def _bounded_power(power: float, x: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-    """``expm1(power * x)``, with the exponent kept where it cannot overflow (an entry of no weight may be huge)."""
-    return (power * x).clamp_(max=exponent_limit(x.dtype)).expm1_()
 
 
 def _check_order(divergence: Divergence, name: str, order: float, positive: bool) -> None:

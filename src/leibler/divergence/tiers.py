@@ -156,6 +156,10 @@ class Swapped(Divergence):
         # Asked for now, so that a divergence which cannot be exchanged is refused when the recipe is built.
         self.divergence.swapped()
 
+    @property
+    def ceiling(self) -> float:
+        return self.divergence.swapped().ceiling
+
     def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
         exchanged = self.divergence.swapped()
         values, saved = exchanged._value(model, target)
