@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -270,7 +271,7 @@ def test_records_and_data_sets_pass_through():
     assert data[0].source == "rows:1"
     assert load(data) is data
     assert len(load(data, limit=1)) == 1
-    with pytest.raises(DataError, match="rows has records without 'chosen'"):
+    with pytest.raises(DataError, match="rows has no usable row; 2 of 2 were set aside for: 'chosen' is missing"):
         load(data, needs=("prompt", "chosen"))
     with pytest.raises(DataError, match="rows is empty"):
         load([])
@@ -302,3 +303,38 @@ def test_any_line_is_a_record_or_says_why_not(raw):
     assert json.loads(json.dumps(record.extra, allow_nan=False)) == record.extra
     for text in (record.completion, record.chosen, record.rejected, record.answer):
         assert text is None or text.strip()
+
+
+def test_a_caller_may_refuse_records(tmp_path):
+    def short(record: Record) -> str | None:
+        return "longer than the context" if len(record.prompt) > 5 else None
+
+    path = write(tmp_path / "d.jsonl", GOOD, b"torn", b'{"prompt": "too long for it"}', b'{"prompt": "c"}')
+    for _ in range(2):  # a resumed run writes the same file once
+        data = load(path, set_aside=tmp_path / "aside.jsonl", refuse=short)
+        assert [r.prompt for r in data] == ["a", "c"]
+        assert [row["line"] for row in aside_rows(tmp_path / "aside.jsonl")] == [2, 3]
+        assert data.set_aside_path == tmp_path / "aside.jsonl"
+    with pytest.raises(DataError, match="longer than the context"):
+        load([{"prompt": "too long"}], refuse=short)
+
+
+def test_a_data_set_keeps_its_checker_and_counts_on(tmp_path):
+    with pytest.warns(UserWarning, match="1 of 4"):
+        data = load(
+            [{"prompt": "a"}, {"prompt": ""}, {"prompt": "b", "completion": "c"}, Record("d", source="x.jsonl:9")]
+        )
+    data = replace(data, check=lambda record, text: 1.0)
+    again = load(data, refuse=lambda r: "no d" if r.prompt == "d" else None, set_aside=tmp_path / "aside.jsonl")
+    assert [r.prompt for r in again] == ["a", "b"]
+    assert again.check is data.check
+    assert again.set_aside_summary == {"'prompt' is empty": 1, "no d": 1}
+    assert json.loads(aside_rows(tmp_path / "aside.jsonl")[0]["raw"]) == {"prompt": "d", "source": "x.jsonl:9"}
+    made = load(
+        "task:addition:n=30",
+        limit=3,
+        refuse=lambda r: "even" if int(r.completion or 0) % 2 == 0 else None,
+        set_aside=tmp_path / "b.jsonl",
+    )
+    assert [int(r.completion or 0) % 2 for r in made] == [1, 1, 1]
+    assert made.check is not None

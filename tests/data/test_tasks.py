@@ -267,7 +267,7 @@ def test_a_specification_gives_the_task_it_names():
     assert len(load("task:addition", limit=3)) == 3
     assert len(load("task:addition:n=5", limit=9)) == 5
     assert list(load("task:countdown:part=heldout,n=7")) == Countdown().sample(7, part="heldout")
-    with pytest.raises(DataError, match="has records without 'chosen'"):
+    with pytest.raises(DataError, match="5 of 5 were set aside for: 'chosen' is missing"):
         load("task:addition:n=5", needs=("prompt", "chosen"))
     assert set(tasks()) == set(TASKS)
 

@@ -8,7 +8,8 @@ import json
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load(
     needs: Sequence[str] = ("prompt",),
     set_aside: str | Path | None = None,
     limit: int | None = None,
+    refuse: Callable[[Record], str | None] | None = None,
 ) -> Dataset:
     """The records that a specification names; a row that is no record is set aside and counted, never dropped.
 
@@ -50,6 +52,7 @@ def load(
             text. It is made only if there are such rows, and never over another one: a number is put into the name.
             Without it the rows are counted and a warning says so.
         limit: stop after that many usable rows.
+        refuse: says why a record cannot be used (longer than the model's context, say), or None for one that can.
 
     Raises:
         DataError: nothing can be read (no such file, unknown task, not Parquet) or no usable row is left.
@@ -65,26 +68,37 @@ def load(
         raise DataError(f"{_name(spec)} was asked for limit={limit} rows; ask for at least 1.")
     if isinstance(needs, str):
         needs = (needs,)
-    if isinstance(spec, Dataset):
-        if not len(spec):
-            raise DataError(f"{spec.name} is empty; give at least one record.")
-        missing = next((need for need in needs if any(record.get(need) is None for record in spec)), None)
-        if missing:
-            raise DataError(f"{spec.name} has records without {missing!r}; give data that has it.")
-        return spec[:limit] if limit is not None else spec
     if isinstance(spec, str) and is_made(spec):
-        return load(make(spec, limit), needs=needs)
+        spec = make(spec, None if refuse else limit)
     name = _name(spec)
-    return _collect(name, _rows(spec, name), needs, Path(set_aside) if set_aside is not None else None, limit)
+    path = Path(set_aside) if set_aside is not None else None
+    data = _collect(name, _rows(spec, name), _Wanted(tuple(needs), limit, refuse), path)
+    if not isinstance(spec, Dataset):
+        return data
+    if len(data) == len(spec):
+        return spec
+    before = Counter(spec.set_aside_summary)
+    return replace(
+        data,
+        check=spec.check,
+        rejected_rows=(spec.rejected_rows + data.rejected_rows)[:KEPT_ROWS],
+        set_aside_summary=dict((before + Counter(data.set_aside_summary)).most_common()),
+        set_aside_path=data.set_aside_path or spec.set_aside_path,
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    needs: tuple[str, ...]
+    limit: int | None
+    refuse: Callable[[Record], str | None] | None
 
 
 # A row on its way: its line, what was read or what is wrong with it, and the raw text.
 _Found = tuple[int, Any, "bytes | None"]
 
 
-def _collect(
-    name: str, found: Iterable[_Found], needs: Sequence[str], set_aside: Path | None, limit: int | None
-) -> Dataset:
+def _collect(name: str, found: Iterable[_Found], wanted: _Wanted, set_aside: Path | None) -> Dataset:
     records: list[Record] = []
     lines: dict[str, int] = {}
     counts: Counter[str] = Counter()
@@ -96,9 +110,11 @@ def _collect(
                 if isinstance(row, BadRow):
                     raise row
                 value = parse_line(raw) if raw is not None else row
-                record = to_record(value, needs, f"{name}:{line}")
+                record = to_record(value, wanted.needs, f"{name}:{line}")
                 if record.id is not None and record.id in lines:
                     raise BadRow("'id' is given twice", f"{record.id[:80]!r} is also on line {lines[record.id]}")
+                if wanted.refuse is not None and (reason := wanted.refuse(record)) is not None:
+                    raise BadRow(reason)
             except BadRow as bad:
                 bad_row = SetAside(name, line, bad.reason, bad.detail, _raw_text(row, raw))
                 counts[bad.reason] += 1
@@ -110,17 +126,17 @@ def _collect(
             if record.id is not None:
                 lines[record.id] = line
             records.append(record)
-            if limit is not None and len(records) >= limit:
+            if wanted.limit is not None and len(records) >= wanted.limit:
                 break
     where = f" (all kept in {aside.path})" if aside.path else ""
     if not records and not counts:
-        raise DataError(f"{name} is empty; give at least one row with {_listed(needs)}.")
+        raise DataError(f"{name} is empty; give at least one row with {_listed(wanted.needs)}.")
     if not records:
         reason, count = counts.most_common(1)[0]
         detail = f" ({first[reason].detail})" if first[reason].detail else ""
         raise DataError(
             f"{name} has no usable row{where}; {count} of {counts.total()} were set aside for: {reason}{detail}, "
-            f"first on line {first[reason].line}; give rows with {_listed(needs)}."
+            f"first on line {first[reason].line}; give rows with {_listed(wanted.needs)}."
         )
     check = matches_answer if all(record.answer is not None for record in records) else None
     data = Dataset(tuple(records), name, check, tuple(kept), dict(counts.most_common()), aside.path)
@@ -189,7 +205,7 @@ def _rows(spec: Any, name: str) -> Iterator[_Found]:
         return _parquet(path, name) if path.suffix.lower() in _PARQUET else _json_lines(path, name)
     if _is_datasets(spec):
         return ((line, row, None) for line, row in enumerate(spec, 1))
-    if isinstance(spec, (list, tuple)):
+    if isinstance(spec, (list, tuple, Dataset)):
         return ((line, row, None) for line, row in enumerate(spec, 1))
     raise DataError(
         f"cannot read data from a {type(spec).__name__}; give a .jsonl or .parquet file, task:NAME, corpus:stdlib, "
@@ -296,6 +312,8 @@ def _first_line(error: Exception) -> str:
 def _raw_text(row: Any, raw: bytes | None) -> str:
     if raw is not None:
         return raw[: 4 * RAW_LIMIT].decode("utf-8", "backslashreplace").rstrip("\r\n")[:RAW_LIMIT]
+    if isinstance(row, Record):
+        row = {name: value for name, value in asdict(row).items() if value not in (None, "", {})}
     try:
         return json.dumps(row, default=str)[:RAW_LIMIT]
     except (ValueError, RecursionError, TypeError):

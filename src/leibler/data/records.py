@@ -107,6 +107,7 @@ class Dataset:
     rejected_rows: tuple[SetAside, ...] = ()
     set_aside_summary: Mapping[str, int] = field(default_factory=dict)
     set_aside_path: Path | None = None
+    _last_order: tuple[int, int, tuple[int, ...]] = field(default=(-1, -1, ()), init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "records", tuple(self.records))
@@ -157,12 +158,14 @@ class Dataset:
             state.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         return state.hexdigest()
 
-    def order(self, epoch: int, seed: int = 0) -> list[int]:
+    def order(self, epoch: int, seed: int = 0) -> tuple[int, ...]:
         """The order of an epoch: a permutation that depends on (seed, epoch) alone.
 
         So a run that is resumed in mid-epoch goes on in the same order with nothing saved.
         """
-        return permutation(len(self), "order", seed, epoch)
+        if self._last_order[:2] != (epoch, seed):  # a loop asks for the same order at every step of an epoch
+            object.__setattr__(self, "_last_order", (epoch, seed, tuple(permutation(len(self), "order", seed, epoch))))
+        return self._last_order[2]
 
     def select(self, indices: Sequence[int]) -> Dataset:
         """The records at these indices, as a data set with the same checker."""

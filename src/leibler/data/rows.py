@@ -50,7 +50,7 @@ def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
     Args:
         row: a parsed row: a mapping, or already a record.
         needs: columns that must be there.
-        source: where it stands.
+        source: where it stands; a record that knows better keeps its own.
 
     Raises:
         BadRow: something is missing, empty or of the wrong type.
@@ -60,6 +60,7 @@ def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
         '4'
     """
     if isinstance(row, Record):
+        source = row.source or source
         row = {name: getattr(row, name) for name in FIELDS} | dict(row.extra)
     if not isinstance(row, Mapping):
         raise BadRow('not a JSON object; write an object such as {"prompt": ...}', f"it is {_kind(row)}")
