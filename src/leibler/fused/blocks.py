@@ -8,6 +8,9 @@ so that a repeated run adds in the same order.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,6 +20,7 @@ from leibler.fused.operands import Linear, TargetRows
 
 CHUNKS = (1024, 512, 256, 128)
 _BUDGET = 256 * 2**20
+_HUGE = 4 * 2**20
 
 
 def chunk_tokens(vocab: int, hidden: int, heads: int) -> int:
@@ -55,6 +59,31 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros in fresh memory, on the processor in huge pages where the system offers them.
+
+    A page fault for every 4 kB of a large new tensor costs as much as several elementwise operations on it: with huge
+    pages, a chunk buffer costs a fifth. The memory goes back to the system with the last reference to the tensor.
+    """
+    size = shape[0] * shape[1] * dtype.itemsize
+    if device.type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # A kernel built without huge pages refuses the advice, and ordinary pages serve.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def keep_heap() -> None:
+    """Keep row-block temporaries from being returned to the system, and faulted in again, at every operation.
+
+    glibc gives back the top of its heap beyond twice the largest mapped block that was ever freed (32 MB at most).
+    Row blocks of 2 MB pass that limit all the time unless some larger block was freed before: so free one, untouched.
+    """
+    torch.empty(28 * 2**20, dtype=torch.uint8)
+
+
 class Side:
     """One head during a pass: its logits of the current chunk, handed out as row blocks in base 2.
 
@@ -74,7 +103,7 @@ class Side:
             self.bias = (bias * (LOG2E / head.temperature)).clamp_(min=FLOOR)
             outside = bias == -torch.inf
             self.outside = outside if bool(outside.any()) else None
-        self.logits = self.weight.new_empty(chunk, vocab)
+        self.logits = zeros((chunk, vocab), dtype, self.weight.device)
         # Products in the blocks' own dtype are used in place; others are widened into a block of their own.
         self.wide = None if dtype == block else self.weight.new_empty(rows, vocab, dtype=block)
 

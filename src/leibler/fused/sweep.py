@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from leibler.divergence.rows import Row
-from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, product_dtype
+from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype, zeros
 from leibler.fused.operands import Linear, TargetRows, Want
 
 Coefficients = Callable[[Float[Tensor, "wants rows"], int, int], Float[Tensor, "wants rows"]]
@@ -76,6 +76,7 @@ class Sweep:
         everyone = [model, *heads.values()]
         place = {head.key: i for i, head in enumerate(everyone)}
 
+        keep_heap()
         double = any(t.dtype == torch.float64 for head in everyone for t in (head.hidden, head.weight))
         self.block = torch.float64 if double else torch.float32
         self.chunk = max(1, min(chunk_tokens(plan.vocab, model.weight.shape[1], len(everyone)), model.tokens))
@@ -90,7 +91,9 @@ class Sweep:
         size = (self.rows, plan.vocab)
         self.scratch = model.weight.new_empty(size, dtype=self.block) if any(needs) else None
         self.gh = torch.empty_like(model.hidden) if hidden else None
-        self.gw = torch.zeros_like(model.weight, dtype=self.block) if weight else None
+        self.gw = None
+        if weight:
+            self.gw = zeros((model.vocab, model.weight.shape[1]), self.block, model.weight.device)
         self.gb = model.weight.new_zeros(model.vocab, dtype=self.block) if bias else None
 
     def run(self, coefficients: Coefficients | None = None) -> Float[Tensor, "wants n"]:
