@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 
-def _command(name: str, example: str) -> Any:
+def _command(name: str, example: str, to: typer.Typer = app) -> Any:
     """Register a command with an example under its help; Ctrl-C in it exits with 130."""
 
     def register(function: Any) -> Any:
@@ -33,7 +33,7 @@ def _command(name: str, example: str) -> Any:
 
         lines = "\n".join(f"  {line}" for line in example.strip().splitlines())
         # \b keeps the lines of an example as they are
-        app.command(name, epilog=f"\b\nExample:\n{lines}")(guarded)
+        to.command(name, epilog=f"\b\nExample:\n{lines}")(guarded)
         return function
 
     return register
@@ -71,6 +71,7 @@ def methods(
 def show(
     slug: Annotated[str, typer.Argument(help="A method, as `leibler methods` lists it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="recipe.KEY=VALUE ...", metavar="KEY=VALUE")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="Also every key that can be set, with its value.")] = False,
 ) -> None:
     """Print a method's recipe and its plan.
 
@@ -78,7 +79,7 @@ def show(
     """
     from leibler.cli.methods import show_method
 
-    show_method(slug, overrides or [])
+    show_method(slug, overrides or [], keys)
 
 
 @_command(
@@ -126,3 +127,66 @@ def verify(
 
     if not verify_command(slugs or [], family, full, json):
         raise typer.Exit(1)
+
+
+measure = typer.Typer(
+    name="measure",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure models.",
+    epilog="\b\nExample:\n  leibler measure divergence --model runs/kd/final --target models/large --data test.jsonl",
+)
+app.add_typer(measure)
+
+_Limit = Annotated[int | None, typer.Option(help="Read at most so many records.")]
+_Json = Annotated[bool, typer.Option("--json", help="An object, for programs.")]
+
+
+@_command(
+    "divergence",
+    "leibler measure divergence --model runs/kd/final --target models/large --data test.jsonl --divergence renyi",
+    to=measure,
+)
+def measure_divergence(
+    model: Annotated[str, typer.Option(help="The model: a directory or a hub id.")],
+    target: Annotated[str, typer.Option(help="What it is compared with; of the same tokenizer.")],
+    data: Annotated[str, typer.Option(help="Records with completions: a file, task:NAME or corpus:stdlib.")],
+    divergence: Annotated[
+        list[str] | None, typer.Option(help="A name, or a part such as 'Renyi(alpha=0.5)'; may be repeated.")
+    ] = None,
+    limit: _Limit = None,
+    batch_size: Annotated[int, typer.Option(help="Completions read at a time; changes no number.")] = 16,
+    json: _Json = False,
+) -> None:
+    """How far a model is from a target, per token of held-out completions.
+
+    By default forward and reverse KL (nats), with perplexity, entropy and calibration of both.
+    """
+    from leibler.cli.measure import divergence_command
+
+    divergence_command(model, target, data, divergence or [], limit, batch_size, json)
+
+
+@_command(
+    "accuracy",
+    "leibler measure accuracy --model runs/grpo/final --data task:addition:digits=2 --limit 200",
+    to=measure,
+)
+def measure_accuracy(
+    model: Annotated[str, typer.Option(help="The model: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help="Questions with answers: a file with the column answer, or task:NAME.")],
+    samples: Annotated[int, typer.Option(help="Sampled answers to each question; 0: only the greedy one.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    limit: _Limit = None,
+    json: _Json = False,
+) -> None:
+    """How often a model's answers are right.
+
+    Greedy accuracy, pass@k of sampled answers, their entropy, diversity and length.
+    """
+    from leibler.cli.measure import accuracy_command
+
+    accuracy_command(model, data, samples, temperature, max_new_tokens, seed, limit, json)

@@ -22,22 +22,25 @@ def list_methods(family: str | None, as_json: bool) -> None:
     print(table(["slug", "year", "family", "what it is for"], [[m.slug, m.year, m.family, m.summary] for m in chosen]))
 
 
-def show_method(slug: str, arguments: list[str]) -> None:
-    """Print a recipe with its plan."""
+def show_method(slug: str, arguments: list[str], keys: bool = False) -> None:
+    """Print a recipe with its plan, and on request everything in it that can be set."""
     from leibler import recipes
-
-    method = recipes.find(slug)
-    print(f"{method.slug}: {method.summary}")
-    print(f"{method.title} ({method.year}), {method.family}")
-    from leibler.cli.building import recipe_from
-    from leibler.cli.overrides import split
+    from leibler.cli.building import PREFIX, recipe_from
+    from leibler.cli.overrides import leaves, split
     from leibler.train import describe
 
+    method = recipes.find(slug)
     recipe = recipe_from(slug, split(arguments))
-    signature = inspect.signature(recipes.function(slug))
-    if signature.parameters:
-        print("\nparameters (set with recipe.NAME=VALUE)")
-        for name, parameter in signature.parameters.items():
+    print(f"{method.slug}: {method.summary}")
+    print(f"{method.title} ({method.year}), {method.family}")
+    parameters = inspect.signature(recipes.function(slug)).parameters
+    if parameters:
+        print(f"\nParameters (set with {PREFIX}NAME=VALUE)")
+        for name, parameter in parameters.items():
             print(f"  {name} = {parameter.default!r}")
+    if keys:
+        print(f"\nKeys (set with {PREFIX}KEY=VALUE)")
+        for path, value in leaves(recipe).items():
+            print(f"  {path} = {value!r}")
     print()
     print(describe(recipe))

@@ -357,6 +357,20 @@ def paths(value: Any, prefix: str = "", depth: int = 6) -> list[str]:
     return out
 
 
+def leaves(value: Any, prefix: str = "", depth: int = 8) -> dict[str, Any]:
+    """The places of a value that have no parts of their own, by dotted path.
+
+    Example:
+        >>> leaves({"a": (1, 2.5)})
+        {'a.0': 1, 'a.1': 2.5}
+    """
+    out: dict[str, Any] = {}
+    for name, child in children(value).items():
+        inside = leaves(child, f"{prefix}{name}.", depth - 1) if depth > 1 else {}
+        out |= inside or {prefix + name: child}
+    return out
+
+
 def replace(value: Any, changes: Mapping[str, str], prefix: str = "") -> Any:
     """A copy of a nested frozen value with other numbers, words or parts at dotted paths.
 

@@ -72,6 +72,7 @@ class Request:
         """Build the recipe and train."""
         from leibler.train import Options, fit
 
+        recipe, options = recipe_from(self.recipe, self.overrides), Options(**self.options)
         if self.student is None:
             raise RunError("no student was given; add student=DIR (a Transformers checkpoint or a hub id).")
         if not self.data:
@@ -79,14 +80,14 @@ class Request:
         if self.out is None:
             raise RunError("no run directory was given; add out=DIR.")
         return fit(
-            recipe_from(self.recipe, self.overrides),
+            recipe,
             student=_whole(self.student),
             teacher=None if self.teacher is None else _whole(self.teacher),
             models={name: _whole(path) for name, path in self.models.items()},
             data={name: _whole(spec) for name, spec in self.data.items()},
             validation=None if self.validation is None else _whole(self.validation),
             out=self.out,
-            options=Options(**self.options),
+            options=options,
             resume=resume,
             quiet=self.quiet,
             origin={"recipe": self.recipe, "overrides": dict(self.overrides)},
