@@ -431,12 +431,20 @@ def _longest(name: str, tree: _Tree) -> str:
 
 
 def _with_fields(value: Any, new: dict[str, Any]) -> Any:
-    own = {f.name for f in dataclasses.fields(value)}
-    if all(f.init for f in dataclasses.fields(value)) and set(inspect.signature(type(value)).parameters) >= set(new):
+    fields = dataclasses.fields(value)
+    if set(inspect.signature(type(value)).parameters) == {f.name for f in fields}:
         return dataclasses.replace(value, **new)
-    # A class whose own __init__ does not take these fields by name: a copy, checked as a new one is.
+    # A class with an __init__ of its own, which may or may not take its fields by name and as they are stored.
+    try:
+        return type(value)(**{f.name: new.get(f.name, getattr(value, f.name)) for f in fields})
+    except TypeError:
+        return _copy_with(value, new)
+
+
+def _copy_with(value: Any, new: dict[str, Any]) -> Any:
+    """A copy with other fields, checked as a new one is (by ``__post_init__``)."""
     other = copy.copy(value)
-    for name in set(vars(other)) - own:  # what was computed from the old fields
+    for name in set(vars(other)) - {f.name for f in dataclasses.fields(value)}:  # computed from the old fields
         object.__delattr__(other, name)
     for name, part in new.items():
         object.__setattr__(other, name, part)
