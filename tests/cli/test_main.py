@@ -183,6 +183,14 @@ def test_verify_of_something_without_claims_is_a_mistake(leibler, some_claims):
     assert err.startswith("error: 'minillm' has no claim")
 
 
+def test_verify_of_nothing_is_no_success(leibler, some_claims):
+    some_claims(invented("kd", True, full=True), invented("dpo", True))
+    assert leibler("verify", "kd") == (2, "", "error: only slow claims match; add --full (full=True).\n")
+    assert leibler("verify", "kd", "--family", "preference") == (2, "", "error: no claim matches.\n")
+    some_claims()
+    assert leibler("verify")[0] == 2
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 

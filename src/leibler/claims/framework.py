@@ -167,10 +167,15 @@ def run(
         One dictionary per claim: ``slug``, ``claim``, ``observed``, ``expected``, ``holds``, ``seconds``.
 
     Raises:
-        RecipeError: a slug or family that has no claim.
+        RecipeError: a slug or family that has no claim, or nothing to run.
     """
+    available = claims()
+    selected = select(available, slugs, family, full)
+    if not selected:  # reporting that all of nothing holds would be no evidence
+        slow = select(available, slugs, family, full=True)
+        raise RecipeError("only slow claims match; add --full (full=True)." if slow else "no claim matches.")
     results = []
-    for chosen in select(claims(), slugs, family, full):
+    for chosen in selected:
         if before is not None:
             before(chosen)
         result = chosen.run()

@@ -25,11 +25,12 @@ def list_methods(family: str | None, as_json: bool) -> None:
 def show_method(slug: str, arguments: list[str], keys: bool = False) -> None:
     """Print a recipe with its plan, and on request everything in it that can be set."""
     from leibler import recipes
+
+    method = recipes.find(slug)  # before anything heavy is imported: a misspelt name is told at once
     from leibler.cli.building import PREFIX, recipe_from
     from leibler.cli.overrides import leaves, split
     from leibler.train import describe
 
-    method = recipes.find(slug)
     recipe = recipe_from(slug, split(arguments))
     print(f"{method.slug}: {method.summary}")
     print(f"{method.title} ({method.year}), {method.family}")
