@@ -192,7 +192,7 @@ class _Trainer:
         self.stop = False
         self.last: dict[str, float] = {}
         self.validated: dict[str, float] = {}
-        self.saved_at = -1
+        self.saved_at = self.validated_at = -1
         self.metrics = Lines(out / "metrics.jsonl")
         self.timings = Lines(out / "timings.jsonl")
         self.samples = Lines(out / "samples.jsonl")
@@ -229,7 +229,7 @@ class _Trainer:
                 raise KeyboardInterrupt
         finally:
             progress.close()
-        if self.validation is not None and not (self.options.validate_every and self._on(self.options.validate_every)):
+        if self.validation is not None and self.validated_at != self.step:
             self._validate()
         if self.main:
             self.models["policy"].save(self.out / "final")
@@ -397,7 +397,7 @@ class _Trainer:
             temperature=self.options.temperature,
             max_new_tokens=self.options.max_new_tokens,
         )
-        self.validated = metrics
+        self.validated, self.validated_at = metrics, self.step
         if self.main:
             self.validations.write(step=self.step, **metrics)
         event = Validation(self.step, metrics)

@@ -180,7 +180,7 @@ class OnPolicy(Source):
         sampler: the law to sample from; `Arithmetic` mixes models at each token. Behaviour log-probs are kept.
         prompts: which of the run's data sets holds the prompts.
         rows: sequences per optimiser batch; None: the run's batch size.
-        temperature: None: the run's.
+        temperature, max_new_tokens: None: the run's.
     """
 
     group_size: int = 1
@@ -188,6 +188,7 @@ class OnPolicy(Source):
     prompts: str = "train"
     rows: int | None = None
     temperature: float | None = None
+    max_new_tokens: int | None = None
 
     def streams(self) -> Mapping[str, Origin]:
         return {"main": Origin(self.sampler)}
@@ -209,7 +210,8 @@ class OnPolicy(Source):
         records = [records[i] for i in mine]
         prompts = [context.policy.encode_prompt(r.prompt) for _, r in records]
         # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
-        table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, context.max_new_tokens)
+        longest = self.max_new_tokens or context.max_new_tokens
+        table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, longest)
         picks = torch.tensor([i * self.group_size + g for i in mine for g in range(self.group_size)])
         law = _sampling_law(self.sampler, context)
         out = sample(
