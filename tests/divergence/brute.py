@@ -123,14 +123,17 @@ def brute(divergence: Divergence, model: Tensor, target: Tensor) -> Tensor:
         case CauchySchwarz():
             return (2 * logp).logsumexp(-1) + (2 * logq).logsumexp(-1) - 2 * (logp + logq).logsumexp(-1)
         case AdaptiveKL():
-            weight = torch.stack([_head_share(a, b, divergence.head_mass) for a, b in zip(p, q)])
-            return weight * _sum(q, logq - logp) + (1 - weight) * _sum(p, logp - logq)
+            shares = torch.stack([_shares(a, b, divergence.head_mass) for a, b in zip(p, q)])
+            forward, reverse = _sum(q, logq - logp), _sum(p, logp - logq)
+            sides = torch.stack([forward, reverse], dim=-1)
+            return torch.where(shares > 0, shares * sides, 0.0).sum(-1)
     raise NotImplementedError(divergence)
 
 
-def _head_share(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
+def _shares(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
     order = q.argsort(descending=True)
     head = q[order].cumsum(0) <= head_mass
     head[0] = True
     gap = (p - q).abs()[order].detach()
-    return gap[head].sum() / gap.sum() if gap.sum() > 0 else gap.new_tensor(0.5)
+    parts = torch.stack([gap[head].sum(), gap[~head].sum()])
+    return parts / parts.sum() if parts.sum() > 0 else torch.full_like(parts, 0.5)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from leibler.divergence.base import HUGE, Divergence
+from leibler.divergence.base import Divergence
 from leibler.divergence.kl import ForwardKL, ReverseKL
 from leibler.divergence.pair import pair
 from leibler.divergence.rows import Row
@@ -25,7 +25,8 @@ class AdaptiveKL(Divergence):
 
     The head is the longest prefix of the target's entries, largest first, whose mass is at most ``head_mass``, and
     always holds the largest; ``g`` is the sum of ``|p - q|`` over head or tail. Where p equals q, w is 1/2. The
-    gradient is that of the two KLs with w fixed, so it is not the gradient of the value. Source: T. Wu et al.,
+    gradient is that of the two KLs with w fixed, so it is not the gradient of the value. A side whose weight rounds
+    to 0 takes no part, even if it is infinite. Source: T. Wu et al.,
     "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models" (2025).
 
     Raises:
@@ -43,19 +44,22 @@ class AdaptiveKL(Divergence):
         if not 0.0 <= self.head_mass <= 1.0:
             raise RecipeError(f"AdaptiveKL(head_mass={self.head_mass}) is not a mass: take 0 <= head_mass <= 1.")
 
-    def _forward_weight(self, model: Row, target: Row) -> Float[Tensor, "rows 1"]:
-        return _head_share(target, model, self.head_mass)
+    def _shares(self, model: Row, target: Row) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+        """Weights of the forward and of the reverse KL."""
+        return _head_and_tail(target, model, self.head_mass)
 
     def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
-        weight, both = self._forward_weight(model, target), pair(model, target)
-        share = weight.squeeze(-1)
-        return _times(share, both.forward_kl) + _times(1.0 - share, both.reverse_kl), weight
+        forward, reverse = self._shares(model, target)
+        both = pair(model, target)
+        values = _times(forward.squeeze(-1), both.forward_kl) + _times(reverse.squeeze(-1), both.reverse_kl)
+        return values, (forward, reverse)
 
     def _add_gradient(
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
-        ForwardKL()._add_gradient(grad, coefficient * saved, model, target, None)
-        ReverseKL()._add_gradient(grad, coefficient * (1.0 - saved), model, target, None)
+        forward, reverse = saved
+        ForwardKL()._add_gradient(grad, coefficient * forward, model, target, None)
+        ReverseKL()._add_gradient(grad, coefficient * reverse, model, target, None)
 
     def swapped(self) -> Divergence:
         return _ExchangedAdaptiveKL(self.head_mass)
@@ -65,43 +69,52 @@ class AdaptiveKL(Divergence):
 class _ExchangedAdaptiveKL(AdaptiveKL):
     """``AdaptiveKL`` of (target, model): the head is the model's."""
 
-    def _forward_weight(self, model: Row, target: Row) -> Float[Tensor, "rows 1"]:
-        return 1.0 - _head_share(model, target, self.head_mass)
+    def _shares(self, model: Row, target: Row) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+        head, tail = _head_and_tail(model, target, self.head_mass)
+        return tail, head
 
     def swapped(self) -> Divergence:
         return AdaptiveKL(self.head_mass)
 
 
-def _head_share(ranked: Row, other: Row, head_mass: float) -> Float[Tensor, "rows 1"]:
-    """The head's part of ``sum |p - q|``, 1/2 where that sum is 0."""
-    gap = (ranked.p - other.p).abs_()
-    total, head = gap.sum(dim=-1), head_sum(ranked.p, gap, head_mass)
-    share = torch.where(total > 0.0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
-    return share.clamp(max=1.0).unsqueeze(-1)
-
-
-def _times(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """``weight * value`` with ``0 * inf = 0``: a side without weight takes no part."""
-    return torch.where(weight > 0.0, weight * value.clamp(max=2.0 * HUGE), 0.0)
-
-
-def head_sum(
-    mass: Float[Tensor, "rows vocab"], amount: Float[Tensor, "rows vocab"], head_mass: float
-) -> Float[Tensor, " rows"]:
-    """Sum of ``amount`` over the head of ``mass``: its largest entries up to ``head_mass``, at least one."""
-    count = min(FIRST, mass.shape[-1])
-    sums, complete = _head_of(mass, amount, head_mass, count)
+def _head_and_tail(
+    ranked: Row, other: Row, head_mass: float
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """The head's and the tail's part of ``sum |p - q|``; both 1/2 where that sum is 0."""
+    mass = ranked.p
+    gap = (mass - other.p).abs_()
+    head, complete = _split_head(mass, gap, head_mass, min(FIRST, mass.shape[-1]))
+    tail = gap.sum(dim=-1)
     if not bool(complete.all()):
+        # The first look has set entries of the head to 0 in these rows: their gaps are made again.
         rest = (~complete).nonzero().squeeze(-1)
-        sums = sums.index_copy(0, rest, _head_of(mass[rest], amount[rest], head_mass, mass.shape[-1])[0])
-    return sums
+        again = (mass[rest] - other.p[rest]).abs_()
+        head[rest] = _split_head(mass[rest], again, head_mass, mass.shape[-1])[0]
+        tail[rest] = again.sum(dim=-1)
+    total = head + tail
+    silent, scale = total == 0.0, total.clamp(min=torch.finfo(total.dtype).tiny)
+    return (head / scale).masked_fill_(silent, 0.5).unsqueeze(-1), (tail / scale).masked_fill_(silent, 0.5).unsqueeze(
+        -1
+    )
 
 
-def _head_of(
-    mass: Float[Tensor, "rows vocab"], amount: Float[Tensor, "rows vocab"], head_mass: float, count: int
+def _split_head(
+    mass: Float[Tensor, "rows vocab"], gap: Float[Tensor, "rows vocab"], head_mass: float, count: int
 ) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
+    """Sum of ``gap`` over the head, which is set to 0 there; and the rows whose head ends within ``count`` entries.
+
+    The tail is then a sum of its own: as total minus head it would round to 0 while it still decides between a
+    finite and an infinite value.
+    """
     largest, index = mass.topk(count, dim=-1)
     inside = largest.cumsum(dim=-1) <= head_mass
     complete = ~inside[:, -1] | (count == mass.shape[-1])
     inside[:, 0] = True
-    return (amount.gather(-1, index) * inside).sum(dim=-1), complete
+    of_head = gap.gather(-1, index)
+    gap.scatter_(-1, index, of_head.masked_fill(inside, 0.0))
+    return (of_head * inside).sum(dim=-1), complete
+
+
+def _times(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """``weight * value`` with ``0 * inf = 0``: a side without weight takes no part."""
+    return torch.where(weight > 0.0, weight * value, 0.0)

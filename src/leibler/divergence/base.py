@@ -134,14 +134,26 @@ class Divergence:
         Raises:
             RecipeError: the vocabularies, the temperature or the mask do not fit.
         """
-        if model_logits.shape[-1:] != target_logits.shape[-1:]:
+        for side, logits in (("model", model_logits), ("target", target_logits)):
+            if not logits.is_floating_point() or logits.dim() == 0:
+                raise RecipeError(
+                    f"The {side}'s logits are {logits.dtype} of shape {list(logits.shape)}: "
+                    "give floating-point numbers over a vocabulary in the last dimension."
+                )
+        if model_logits.shape[-1] != target_logits.shape[-1]:
             raise RecipeError(
-                f"Model and target have {_last(model_logits)} and {_last(target_logits)} vocabulary entries: "
+                f"Model and target have {model_logits.shape[-1]} and {target_logits.shape[-1]} vocabulary entries: "
                 "slice both logits to the entries that they share."
             )
         if not temperature > 0:
             raise RecipeError(f"The temperature is {temperature}: it must be positive.")
-        model_logits, target_logits = torch.broadcast_tensors(model_logits, target_logits)
+        try:
+            model_logits, target_logits = torch.broadcast_tensors(model_logits, target_logits)
+        except RuntimeError as error:
+            raise RecipeError(
+                f"Rows of shape {list(model_logits.shape[:-1])} and {list(target_logits.shape[:-1])} do not pair up: "
+                "give model and target the same leading shape."
+            ) from error
         shape = model_logits.shape[:-1]
         if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
             raise RecipeError(
@@ -155,10 +167,6 @@ class Divergence:
         index = mask.reshape(-1).nonzero().squeeze(-1)
         values = _Rows.apply(self, model[index], target[index], 1.0 / temperature)
         return values.new_zeros(count).index_copy(0, index, values).reshape(shape)
-
-
-def _last(tensor: Tensor) -> int | str:
-    return tensor.shape[-1] if tensor.dim() else "no"
 
 
 class _Rows(torch.autograd.Function):

@@ -84,7 +84,7 @@ class JensenShannon(Divergence):
             p_part = vecdot(model.weights[index], log_m_p) / model.total[index]
             q_part = vecdot(target.weights[index], x.add_(log_m_p)) / target.total[index]
             close = p_part.mul_(beta - 1.0).sub_(q_part, alpha=beta).squeeze(-1)
-            values = values.index_copy(0, index, close.clamp_(min=0.0))
+            values = values.index_copy(0, index, close.clamp_(min=0.0).abs_())  # abs: no -0.0 for identical rows
             of_model[index] = log_m_p.mul_(-LOG2E)
         return values, of_model
 
@@ -95,13 +95,13 @@ class JensenShannon(Divergence):
         _add_centred(grad, coefficient * ((1.0 - self.beta) * LN2), model, saved)
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        # In terms of log w and of log(w / u), each of them bounded on one side, so that no large terms cancel.
         log_w = log_mix(log_u, self.beta, 1.0 - self.beta)
-        # u log u - u log w, written so that neither large term arises: u (log u - log w) is at most linear in u.
-        u = bounded_exp(log_u)
-        return (1.0 - self.beta) * u * (log_u - log_w) - self.beta * log_w
+        log_w_u = log_mix(-log_u, 1.0 - self.beta, self.beta)
+        return (self.beta - 1.0) * bounded_exp(log_u) * log_w_u - self.beta * log_w
 
     def f_prime(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return (1.0 - self.beta) * (log_u - log_mix(log_u, self.beta, 1.0 - self.beta))
+        return (self.beta - 1.0) * log_mix(-log_u, 1.0 - self.beta, self.beta)
 
     @property
     def inadmissible(self) -> str | None:
@@ -236,13 +236,13 @@ class SkewReverseKL(Divergence):
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.lam == 0.0:
             return ReverseKL().f(log_u)
-        return bounded_exp(log_u) * (log_u - log_mix(log_u, 1.0 - self.lam, self.lam))
+        return -bounded_exp(log_u) * log_mix(-log_u, self.lam, 1.0 - self.lam)
 
     def f_prime(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.lam == 0.0:
             return ReverseKL().f_prime(log_u)
         log_w = log_mix(log_u, 1.0 - self.lam, self.lam)
-        return log_u - log_w + (1.0 - self.lam) * torch.exp(-log_w)
+        return (1.0 - self.lam) * torch.exp(-log_w) - log_mix(-log_u, self.lam, 1.0 - self.lam)
 
     @property
     def inadmissible(self) -> str | None:

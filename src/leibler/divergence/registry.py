@@ -58,9 +58,9 @@ def get(name: str, **params: Any) -> Divergence:
     """
     key = name if name in _CLASSES else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
     if key not in _CLASSES:
-        near = difflib.get_close_matches(key, _CLASSES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}, or another of" if near else "choose one of"
-        raise RecipeError(f"There is no divergence {name!r}: {hint} {', '.join(_CLASSES)}?")
+        near = difflib.get_close_matches(key, _CLASSES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(_CLASSES)}."
+        raise RecipeError(f"There is no divergence {name!r}: {hint}")
     known = [field.name for field in fields(_CLASSES[key])]
     unknown = sorted(set(params) - set(known))
     if unknown:

@@ -102,7 +102,9 @@ class SumForm(Divergence):
             leaf = logp.detach().requires_grad_()
             parts = self.summands(leaf, logq, prelude)
         return tuple(
-            torch.autograd.grad(s.sum(), leaf, retain_graph=True)[0] if s.requires_grad else torch.zeros_like(logp)
+            torch.autograd.grad(s, leaf, torch.ones_like(s), retain_graph=True)[0]
+            if s.requires_grad
+            else torch.zeros_like(logp)
             for s in parts
         )
 
