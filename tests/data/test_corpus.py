@@ -105,6 +105,8 @@ def test_the_seed_chooses_and_orders_and_a_limit_cuts():
 def test_the_specification_reaches_the_corpus():
     data = load("corpus:stdlib:length=200,limit=20,seed=1,what=source,part=heldout")
     assert list(data) == list(stdlib(length=200, limit=20, seed=1, part="heldout"))
+    assert data.name == "corpus:stdlib:length=200,seed=1,what=source,part=heldout,limit=20"
+    assert list(load(data.name)) == list(data)
     assert len(load("corpus:stdlib:limit=20", limit=7)) == 7
     assert load("corpus:stdlib:limit=2").check is None
 
@@ -112,7 +114,7 @@ def test_the_specification_reaches_the_corpus():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 3}, "length=3"),
+        ({"length": 15}, "length=15; give at least 16"),
         ({"limit": 0}, "limit=0"),
         ({"prompt": 1.0}, "prompt=1.0"),
         ({"part": "test"}, "part 'test'"),

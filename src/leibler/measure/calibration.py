@@ -149,4 +149,4 @@ def token_calibration(
     hit = best == tokens
     if mask is not None:
         confidence, hit = confidence[mask], hit[mask]
-    return calibration(confidence.clamp(max=1.0), hit, bins)
+    return calibration(confidence, hit, bins)

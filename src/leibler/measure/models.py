@@ -120,7 +120,7 @@ def compare(
             result[f"divergence/{name}{suffix}"] = float(row.mean())
             result[f"divergence/{name}{suffix}/infinite"] = int(support_violations(row))
         logp, entropy, sure, hit = numbers[len(named) :]
-        found = calibration(sure.clamp(max=1.0), hit, bins)
+        found = calibration(sure, hit, bins)
         result |= {f"{which}/{key}": value for key, value in _side(-logp, entropy, found).items()}
     return result
 

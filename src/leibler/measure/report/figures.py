@@ -129,7 +129,7 @@ def curve(
 ) -> Markup:
     """One number over the steps of training: what was measured, thin, and its moving mean."""
     broken = sum(not math.isfinite(v) for v in values)
-    log = wide_range(values)
+    log = noisy and wide_range(values)
     x, y = condense(steps, values)
     merged = -(-len(steps) // MOST_POINTS)
     window = max(len(x) // 16, 1) | 1 if noisy and len(x) >= 24 else 1

@@ -120,21 +120,17 @@ def _headline(recorded: Recorded) -> list[dict[str, str]]:
 
 
 def _groups(recorded: Recorded) -> list[tuple[str, list[Markup]]]:
-    """Learning curves by theme. Every column finds a place, also one that this version does not know."""
-    metrics, steps = recorded.metrics, recorded.metrics.steps
-    columns = dict(metrics.columns)
-    groups: list[tuple[str, list[Markup]]] = []
+    """Learning curves. Every column finds a place, also one that this version does not know."""
+    steps, columns = recorded.metrics.steps, dict(recorded.metrics.columns)
+    drawn: list[Markup] = []
 
-    def take(title: str, names: Sequence[str], colour: int, drop: str = "") -> None:
-        drawn = []
+    def take(names: Sequence[str], colour: int, drop: str = "", title: str = "") -> None:
         for name in names:
             values = columns.pop(name, None)
             if values is not None:
-                short = name.removeprefix(drop) if drop else name
-                smoothed = name != "learning_rate"
-                drawn.append(figures.curve(spell(short), unit(short), steps, values, colour, smoothed))
-        if drawn:
-            groups.append((title, drawn))
+                short = name.removeprefix(drop)
+                noisy = name != "learning_rate"
+                drawn.append(figures.curve(title + spell(short), unit(short), steps, values, colour, noisy))
 
     def begin(prefix: str) -> list[str]:
         return [name for name in columns if name == prefix or name.startswith(prefix + "/")]
@@ -143,16 +139,16 @@ def _groups(recorded: Recorded) -> list[tuple[str, list[Markup]]]:
     if len(terms) == 1 and _same(columns[terms[0]], columns.get("loss", ())):
         columns.pop(terms[0])  # the only term is the loss
         terms = []
-    take("Reward", begin("reward"), 3)
-    take("Divergence", [name for name in columns if name.startswith("divergence/")], 2, "divergence/")
-    if "loss" in columns:
-        take("Loss" if not terms else "Loss, and each term before its coefficient", ["loss", *terms], 1, "loss/")
+    take(begin("reward"), 3)
+    take([name for name in columns if name.startswith("divergence/")], 2, "divergence/")
+    take(["loss"], 1)
+    take(terms, 1, "loss/", "Loss term: ")
+    take([*begin("entropy"), *begin("length")], 4)
+    take(["grad_norm", "learning_rate"], 5)
+    take([name for name in columns if name not in ("tokens", "rows")], 6)
+    groups = [("During training", drawn)]
     if recorded.validation.columns:
-        groups.append(("Held-out data", _validation(recorded)))
-    take("Responses", [*begin("entropy"), *begin("length")], 4)
-    take("Optimiser", ["grad_norm", "learning_rate"], 5)
-    rest = [name for name in columns if name not in ("tokens", "rows")]
-    take("Other numbers", rest, 6)
+        groups.append(("On held-out data", _validation(recorded)))
     return groups
 
 
@@ -164,7 +160,7 @@ def _validation(recorded: Recorded) -> list[Markup]:
     out = []
     for name, values in recorded.validation.columns.items():
         share = name.startswith(SHARES)
-        axis = Axis(0.0, 1.0) if share else None
+        axis = Axis(0.0, 1.0) if share and max(values) > 0.4 else None
         series = [Series("held out", recorded.validation.steps, values, colour=3)]
         out.append(
             figures.chart(spell(name), unit(name), series, y_axis=axis, legend=False, share=share,
