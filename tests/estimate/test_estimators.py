@@ -123,10 +123,25 @@ def test_a_token_impossible_under_both_contributes_exactly_nothing(estimator, la
     assert p.grad.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("estimator", ALL, ids=str)
+def test_a_token_impossible_under_its_own_law_contributes_exactly_nothing(estimator, law):
+    """It cannot have been drawn; in an enumeration its weight is 0, and 0 times anything must stay 0."""
+    if not offered(estimator, law):
+        return
+    logp = {name: torch.tensor([-1.0]) for name in LAWS} | {law: torch.tensor([-math.inf])}
+    p = logp["model"].requires_grad_()
+    loss = estimator.loss(ReverseKL(), p, logp["target"], law, logp["behaviour"])
+    loss.sum().backward()
+    assert loss.item() == 0.0
+    assert p.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("nothing", [-math.inf, -7e29], ids=["-inf", "floor"])
 @pytest.mark.parametrize("estimator", [K1(), K2(), K3(), ScoreFunction(), Pathwise(), K3(weight="differentiable")])
-def test_a_target_that_forbids_the_sample_is_infinitely_far_without_a_gradient(estimator):
+def test_a_target_that_forbids_the_sample_is_infinitely_far_without_a_gradient(estimator, nothing):
     p = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = estimator.loss(ReverseKL(), p, torch.tensor([-math.inf, -2.5]), "model")
+    loss = estimator.loss(ReverseKL(), p, torch.tensor([nothing, -2.5]), "model")
     loss.sum().backward()
     assert loss[0] == math.inf
     assert loss[1].isfinite()
