@@ -10,10 +10,11 @@ from leibler.divergence.rows import Functional
 from leibler.estimate import exactness
 from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
-from leibler.objective.signals import Signal
-from leibler.objective.targets import Handle, Old, Policy, Target
+from leibler.objective.signals import Chain, Column, InReward, Reward
+from leibler.objective.targets import Arithmetic, Geometric, Handle, LogLinear, Old, Policy, Target
 from leibler.objective.terms import Match, Term
 from leibler.train.recipe import Recipe
+from leibler.train.sources import Mixture, Staged
 
 Kind = Literal["one pass", "two-pass head", "survey and replay"]
 
@@ -101,7 +102,7 @@ def make_plan(recipe: Recipe, stream: str) -> StreamPlan:
 
 def describe(recipe: Recipe) -> str:
     """The recipe, the plan of each stream, the models with their rules, and what is biased; for people."""
-    lines = ["Recipe", *_tree(recipe.source, "source", 1), *_schedule(recipe)]
+    lines = ["Recipe", f"  source: {_short(recipe.source)}", *_schedule(recipe)]
     lines.append("  objective (a sum of terms)")
     for term in recipe.objective.terms:
         lines.append(f"    {term.name}: {_short(term)}")
@@ -147,6 +148,10 @@ def _exactness(recipe: Recipe) -> list[str]:
             f"{'unbiased' if verdict.gradient else 'BIASED'}, the loss's value is "
             f"{'unbiased' if verdict.value else 'biased'}" + (f" ({verdict.note})" if verdict.note else "")
         )
+    for _, owner in recipe.objective.walk():
+        if isinstance(owner, InReward):
+            line = f"ReverseKL({_short(owner.to)}) inside the reward: k1, unbiased for whole responses with returns to go"
+            out += [line] if line not in out else []
     return out or ["no divergence is matched"]
 
 
@@ -155,10 +160,6 @@ def _schedule(recipe: Recipe) -> list[str]:
     used = "once" if s.single_use else f"in {s.epochs} epochs of {s.minibatches} optimiser batches"
     rounds = f", rounds of {s.steps_per_round} steps" if s.steps_per_round else ""
     return [f"  schedule: each draw is used {used}{rounds}"]
-
-
-def _tree(value: Any, name: str, depth: int) -> list[str]:
-    return [f"{'  ' * depth}{name}: {_short(value)}"]
 
 
 def _need(need: Need) -> str:
@@ -178,8 +179,18 @@ def _short(value: Any) -> str:
         return "{" + ", ".join(f"{_short(k)}: {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
         return "(" + ", ".join(_short(v) for v in value) + ")"
-    if isinstance(value, Signal) and hasattr(value, "first"):
-        return f"{_short(value.first)} >> {_short(value.then)}"  # type: ignore[attr-defined]
+    if isinstance(value, Chain):
+        return f"{_short(value.first)} >> {_short(value.then)}"
+    if isinstance(value, Staged):
+        return f"{_short(value.source)} >> {_short(value.stage)}"
+    if isinstance(value, Mixture):
+        return f"Mixture({', '.join(f'{name}={_short(source)}' for name, source in value.sources)})"
+    if isinstance(value, (LogLinear, Arithmetic, Geometric)):
+        inside = ", ".join(f"{_short(part)}: {weight:.4g}" for part, weight in value.parts)
+        clip = getattr(value, "clip", None)
+        return f"{type(value).__name__}({{{inside}}}{'' if clip is None else f', clip={clip:g}'})"
+    if isinstance(value, Column) and value == Reward():
+        return "Reward()"
     if not is_dataclass(value) or isinstance(value, type):
         return getattr(value, "__name__", None) or repr(value)
     shown = []
