@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import gc
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fused.helpers import (
     ByAutograd,
@@ -25,6 +28,7 @@ from fused.helpers import (
     reverse,
     sampled,
 )
+from leibler.divergence import ForwardKL, ReverseKL
 from leibler.errors import RecipeError, RunError
 from leibler.fused import Linear, TargetRows, Want, functionals, one_pass, support_violations
 from leibler.fused import sweep as sweep_module
@@ -269,9 +273,10 @@ def test_tokens_out_of_both_supports_change_nothing() -> None:
     token = torch.where((token == 2) | (token == 7), 0, token)
     keep = [v for v in range(13) if v not in (2, 7)]
     loglinear = TargetRows((leaf,), lambda rows: 0.4 * rows[0])
-    squared = TargetRows((leaf, model), lambda rows: 2 * rows[0] - rows[1])
+    # A difference of floors is 0, an ordinary score: the column must stay outside all the same.
+    ratio = TargetRows((leaf, model), lambda rows: rows[0] - rows[1])
     wants = [*FOUR, Want(Reverse, 1), Want(Reverse, 2)]
-    values = functionals(model, wants, [target, loglinear, squared], token=token)
+    values = functionals(model, wants, [target, loglinear, ratio], token=token)
 
     def small(head: Linear) -> Linear:
         assert head.bias is not None
@@ -283,7 +288,7 @@ def test_tokens_out_of_both_supports_change_nothing() -> None:
         [
             *(f(lp, lq, renumbered) for f in (sampled, entropy, reverse, forward)),
             reverse(lp, (0.4 * lq).log_softmax(-1), None),
-            reverse(lp, (2 * lq - lp.detach()).log_softmax(-1), None),
+            reverse(lp, (lq - lp.detach()).log_softmax(-1), None),
         ]
     )
     assert_close(values, expected, 1e-12)
@@ -305,6 +310,39 @@ def test_a_token_outside_the_targets_support_is_infinite_and_gets_no_gradient_fr
     lp, lq = dense_logp(model), dense_logp(leaf)
     others = torch.stack([sampled(lp, None, token), entropy(lp, None, token), forward(lp, lq, token)])
     assert_close(grads(values.sum(), model), grads(others.sum(), model), 1e-12)
+
+
+def test_an_expression_may_cut_tokens_off_with_minus_infinity() -> None:
+    """As top-k and min-p do: ForwardKL stays finite, ReverseKL is infinite without harm to the rest."""
+    model, target, _ = heads()
+
+    def top(rows: tuple[Tensor, ...]) -> Tensor:
+        return rows[0].masked_fill(rows[0] < rows[0].topk(5, dim=-1).values[:, -1:], -torch.inf)
+
+    cut = TargetRows(target.leaves, top)
+    values = functionals(model, [Want(ForwardKL(), 0), Want(ReverseKL(), 0)], [cut])
+    lp = dense_logp(model)
+    expected = forward(lp, top((dense_logp(target.leaves[0]),)).log_softmax(-1), None)
+    assert_close(values[0], expected, 1e-12)
+    assert torch.isinf(values[1]).all()
+    assert_close(grads(values.sum(), model), grads(expected.sum(), model), 1e-12)
+
+
+@pytest.mark.parametrize("engine", ["functionals", "one_pass"])
+def test_a_coefficient_that_is_infinite_with_its_value_is_dropped(engine: str) -> None:
+    model, target, token = heads()
+    leaf = target.leaves[0]
+    assert leaf.bias is not None
+    leaf.bias[4] = -math.inf
+
+    def loss(values: Tensor, index: Tensor) -> Tensor:
+        return values[0] + values[2].square()
+
+    if engine == "one_pass":
+        total, _ = one_pass(model, FOUR, [target], loss, token=token)
+    else:
+        total = loss(functionals(model, FOUR, [target], token=token), torch.arange(23)).sum()
+    assert_close(grads(total, model), grads(sampled(dense_logp(model), None, token).sum(), model), 1e-12)
 
 
 def _poisoned(functional: ByAutograd, bad: Tensor) -> ByAutograd:
@@ -413,3 +451,39 @@ def test_changing_the_weight_between_the_passes_is_noticed() -> None:
         model.weight.add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         values.sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["functionals", "one_pass"])
+def test_a_functional_that_only_informs_costs_no_gradient(engine: str) -> None:
+    calls: list[str] = []
+
+    class Counted(ByAutograd):
+        def add_gradient(self, *args: Any) -> None:
+            calls.append(self.fn.__name__)
+            super().add_gradient(*args)
+
+    model, target, token = heads()
+    wants = [Want(Counted(entropy, needs_target=False)), Want(Counted(reverse), 0)]
+    if engine == "one_pass":
+        total, _ = one_pass(model, wants, [target], lambda v, i: v[1] + v[0].detach())
+    else:
+        total = functionals(model, wants, [target])[1].sum()
+    total.backward()
+    assert set(calls) == {"reverse"}
+
+
+@pytest.mark.parametrize("engine", ["functionals", "one_pass"])
+def test_nothing_is_held_after_the_backward_pass(engine: str) -> None:
+    """A loss kept for the log must not keep the hidden states of the batch."""
+    model, target, token = heads()
+    if engine == "one_pass":
+        total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+    else:
+        total = functionals(model, FOUR, [target], token=token).sum()
+    total.backward()
+    before = StorageWeakRef(target.leaves[0].hidden.untyped_storage())
+    assert not before.expired()
+    del target
+    gc.collect()
+    assert before.expired()
+    assert total.requires_grad

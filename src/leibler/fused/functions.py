@@ -220,7 +220,7 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return None, grad * torch.where(cotangent == 0, 0, cotangent)[:, None].to(grad.dtype)
+        return None, grad * cotangent[:, None].to(grad.dtype)
 
 
 class _Losses:
