@@ -100,3 +100,15 @@ def test_nucleus_is_the_smallest_set_with_that_probability(top_p: float) -> None
         order = p[row].argsort(descending=True)
         size = 1 + int((p[row][order].cumsum(0) < top_p).sum())
         assert set(kept[row].nonzero()[:, 0].tolist()) == set(order[:size].tolist())
+
+
+def test_rounding_at_the_end_of_a_block_draws_nothing_impossible() -> None:
+    """A block's float32 sum and the float64 sum of its entries differ: a number between them must stay in the block."""
+    vocab, block = 4096, 64
+    law = torch.rand(1, vocab, generator=torch.Generator().manual_seed(0))
+    law[:, ::block] = 0.0  # where a step too far would land
+    ends = law.view(-1, block).sum(-1).cumsum(0, dtype=torch.float64)
+    uniform = (ends / ends[-1]).nextafter(torch.zeros(1, dtype=torch.float64))
+    token, logp = invert(law.expand(len(uniform), vocab), uniform)
+    assert torch.isfinite(logp).all()
+    assert (token // block).tolist() == list(range(vocab // block))
