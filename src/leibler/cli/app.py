@@ -129,6 +129,38 @@ def verify(
         raise typer.Exit(1)
 
 
+@_command("report", "leibler report runs/gkd --open")
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="What `leibler train` or `leibler demo` wrote.", metavar="RUN_DIR")],
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Write report.html into a run directory.
+
+    Curves, drift from the target token by token, calibration, samples, and how to repeat the run; one file that needs
+    nothing else.
+    """
+    from leibler.cli.report import report_command
+
+    report_command(run_dir, open_it)
+
+
+@_command("demo", "leibler demo --out demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to; finished stages of an earlier demo there are kept.")] = Path(
+        "demo"
+    ),
+    steps_scale: Annotated[float, typer.Option(help="Multiplies the steps of every stage.")] = 1.0,
+) -> None:
+    """Train small models from nothing, and report.
+
+    A teacher, a student distilled under several divergences, rewards, measurements and a report; some minutes on two
+    cores.
+    """
+    from leibler.cli.report import demo_command
+
+    demo_command(out, steps_scale)
+
+
 measure = typer.Typer(
     name="measure",
     no_args_is_help=True,
