@@ -36,10 +36,10 @@ class Size:
     teacher: tuple[int, int] = (128, 3)
     student: tuple[int, int] = (64, 2)
     teacher_steps: int = 400
-    student_steps: int = 150
-    distil_steps: int = 150
-    grpo_steps: int = 80
-    questions: int = 128
+    student_steps: int = 120
+    distil_steps: int = 80
+    grpo_steps: int = 60
+    questions: int = 256
     batch_size: int = 128
     text_rows: int = 16
 
@@ -128,8 +128,8 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
 
     reinforced = stage(
         "grpo", f"the best student ({best}) is trained further with rewards, under a KL to itself",
-        recipes.get("grpo", group_size=8, coefficient=0.02), models[best], {"train": inputs.task},
-        steps=size.grpo_steps, batch_size=256, max_new_tokens=NEW_TOKENS, learning_rate=5e-4, warmup=5,
+        recipes.get("grpo", group_size=8, coefficient=0.05), models[best], {"train": inputs.task},
+        steps=size.grpo_steps, batch_size=512, max_new_tokens=NEW_TOKENS, learning_rate=1.5e-4, warmup=5,
     )
     after = _measure(f"{best} + GRPO", reinforced, teacher, inputs, size, out)
     before = next(r for r in rows if r["name"] == best)
