@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import torch
 
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
+from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
 
@@ -87,6 +88,21 @@ def load_model(source: Any, options: Options, *, trained: bool, key: str) -> Cau
         raise ModelError(f"{key}={source}: {error}") from error
 
 
+def load_models(
+    recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options
+) -> dict[str, CausalLM]:
+    """The models beside the student, by name; one that the recipe does not read is not loaded."""
+    read = {n for name, rule in recipe.models.items() if not isinstance(rule, Trained) for n in (name, rule.source)}
+    for name in models:
+        if name not in read:
+            known = ", ".join(sorted(read - {"initial"})) or "none"
+            raise ModelError(f"models.{name} is not used by this recipe, which reads: {known}; leave it out.")
+    given = {name: load_model(m, options, trained=False, key=f"models.{name}") for name, m in models.items()}
+    if teacher is not None and "teacher" in read:
+        given["teacher"] = load_model(teacher, options, trained=False, key="teacher")
+    return given
+
+
 def max_length(policy: CausalLM) -> int:
     return policy.context or 1 << 30
 
@@ -100,62 +116,48 @@ def load_data(
         if name not in needed:
             known = ", ".join(needed) or "none"
             raise DataError(f"data.{name} is not used by this recipe, which draws from: {known}; leave it out.")
-    pairs = any(isinstance(t, Preference) and t.on and _labels(recipe, t.on) for t in recipe.objective.terms)
+    streams, read = recipe.source.streams(), recipe.source.stream_data()
+    compared = [t.on for t in recipe.objective.terms if isinstance(t, Preference) and t.on]
+    pairs = {name for stream in compared if streams[stream].law is None for name in read[stream]}
     loaded = {}
     for name, kind in needed.items():
         if name not in specs:
             option = "data=FILE" if name == "train" else f"data.{name}=FILE"
             raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
-        needs = ("prompt",) if kind == "prompts" else ("prompt", "chosen", "rejected") if pairs else ("prompt", "completion")
-        loaded[name] = usable(specs[name], needs, policy, options, out / "set_aside" / f"{name}.jsonl", kind)
+        labels = ("chosen", "rejected") if name in pairs else ("completion",)
+        needs = ("prompt",) if kind == "prompts" else ("prompt", *labels)
+        data = usable(specs[name], needs, policy, options, out / "set_aside" / f"{name}.jsonl", kind)
+        if name not in pairs and data.kind == "preferences":
+            # A completion is asked for: a pair beside it is no second label, least of all its rejected half.
+            data = replace(data, records=tuple(replace(r, chosen=None, rejected=None) for r in data.records))
+        loaded[name] = data
     return loaded
-
-
-def _labels(recipe: Recipe, stream: str) -> bool:
-    return recipe.source.streams()[stream].law is None
 
 
 def usable(
     spec: Any, needs: tuple[str, ...], policy: CausalLM, options: Options, aside: Path, kind: str = "labels"
 ) -> Dataset:
-    """Load data and set aside the rows that do not fit the model's context."""
+    """Load data; rows that are malformed or do not fit the model's context are set aside."""
     from leibler.data import load
 
-    data = load(spec, needs=needs, set_aside=aside)
-    limit = max_length(policy)
-    keep, long = [], []
-    for index, record in enumerate(data.records):
-        length = _length(record, policy, options.max_new_tokens if kind == "prompts" else 0)
-        (keep if length <= limit else long).append(index)
-    if not long:
-        return data
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    with aside.open("a", encoding="utf-8") as file:
-        for index in long:
-            record = data[index]
-            row = {"file": record.source or data.name, "reason": "longer than the model's context", "raw": record.prompt}
-            file.write(json.dumps(row) + "\n")
-    if not keep:
-        raise DataError(
-            f"every row of {data.name} is longer than the model's context of {limit} tokens; shorten the rows or lower "
-            "max_new_tokens."
-        )
-    kept = data.select(keep)
-    summary = {**data.set_aside_summary, "longer than the model's context": len(long)}
-    from dataclasses import replace
+    limit, new = max_length(policy), 0 if kind == "labels" else options.max_new_tokens
 
-    return replace(kept, set_aside_summary=summary, set_aside_path=aside)
+    def refuse(record: Record) -> str | None:
+        long = _length(record, policy, new, labels=kind != "prompts") > limit
+        return "longer than the model's context" if long else None
+
+    return load(spec, needs=needs, set_aside=aside, refuse=refuse)
 
 
-def _length(record: Record, policy: CausalLM, new: int) -> int:
+def _length(record: Record, policy: CausalLM, new: int, *, labels: bool) -> int:
     """Tokens of the longest row of a record, or an upper bound that is cheap to see.
 
     No tokenizer in use makes more tokens than there are UTF-8 bytes (and a few special ones); so short records are
     not encoded twice.
     """
-    answers = [t for t in (record.completion, record.chosen, record.rejected) if t is not None]
+    answers = [t for t in (record.completion, record.chosen, record.rejected) if t is not None and labels]
     bound = len(record.prompt.encode()) + max([new, *(len(t.encode()) for t in answers)]) + 8
     if bound <= max_length(policy):
         return bound
-    longest = new or max((len(policy.encode_completion(t)) for t in answers), default=0)
+    longest = max([new, *(len(policy.encode_completion(t)) for t in answers)])
     return len(policy.encode_prompt(record.prompt)) + longest
