@@ -110,3 +110,13 @@ def test_names_and_mistakes():
         estimate.value(p, p.expand(2))
     with pytest.raises(RecipeError, match="reduction must be"):
         estimate.value(p, p, reduction="sum")  # type: ignore[arg-type]
+
+
+def test_a_masked_token_is_zero_whatever_the_estimator_makes_of_it():
+    class Constant(estimate.Estimator):
+        def _value(self, divergence, sample):
+            return torch.ones_like(sample.log_u)
+
+    p = torch.tensor([-1.0, -2.0])
+    got = estimate.value(p, p, ReverseKL(), Constant(), mask=torch.tensor([True, False]), reduction="none")
+    assert got.tolist() == [1.0, 0.0]

@@ -223,3 +223,12 @@ def test_a_long_sequence_that_overflows_a_ratio_stays_finite():
 def test_an_unknown_credit_is_refused():
     with pytest.raises(RecipeError, match="credit must be one of token, to_go, sequence, not 'tokens'"):
         credit.coefficients(ReverseKL(), torch.zeros(1, 2), "tokens")  # type: ignore[arg-type]
+
+
+def test_an_exact_value_is_weighted_by_the_tokens_before_it_only():
+    """Its own token has no part in it; weighting by that too would be as unbiased and noisier."""
+    p, q, s = (torch.tensor([[a, b]], dtype=torch.float64) for a, b in ((-1.0, -2.0), (-1.5, -1.0), (-0.5, -0.2)))
+    values = torch.tensor([[0.3, 0.7]], dtype=torch.float64)
+    got = credit.coefficients(ReverseKL(), p - q, "to_go", log_weight=p - s, values=values)
+    w = (p - s)[0].exp()
+    assert got[0].tolist() == pytest.approx([float(w[0] * 0.5 + w[0] * 0.7), float(w[0] * w[1] * -1.0)])
