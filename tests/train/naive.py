@@ -1,0 +1,310 @@
+"""The published losses once more: dense float64 logits, padded tables, plain loops, automatic differentiation.
+
+Nothing here uses the library's terms, signals, divergences or estimators. ``p`` is the policy, ``q`` the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from train.conformance import STEP, TEMPERATURE, Case, Prepared
+
+from leibler.objective import Rows
+from leibler.policy import CausalLM
+
+
+@dataclass
+class Table:
+    """A batch as padded tables, all ``[batch, time]``, and the dense laws of any model."""
+
+    made: Prepared
+    rows: Rows
+
+    @property
+    def mask(self) -> Tensor:
+        return self.rows.mask.double()
+
+    @property
+    def length(self) -> Tensor:
+        return self.mask.sum(1)
+
+    @property
+    def events(self) -> float:
+        return float(self.mask.sum())
+
+    def law(self, model: CausalLM) -> Tensor:
+        """Log-probabilities ``[batch, time, vocab]`` at the sampling temperature, over the real entries."""
+        logits = model.network(input_ids=self.rows.tokens, attention_mask=self.rows.attention.long()).logits
+        return (logits[:, :-1, : model.vocab_size] / TEMPERATURE).log_softmax(-1)
+
+    def taken(self, law: Tensor) -> Tensor:
+        """Log-probability of the token that came next; 0 where nothing is predicted."""
+        value = law.gather(-1, self.rows.tokens[:, 1:, None])[..., 0]
+        return torch.where(self.rows.mask, value, torch.zeros_like(value))
+
+    def logp(self, name: str) -> Tensor:
+        if name == "policy":
+            return self.taken(self.law(self.made.policy))
+        with torch.no_grad():
+            return self.taken(self.law(self.made.old if name == "old" else self.made.models[name]))
+
+    def groups(self) -> list[list[int]]:
+        numbers = self.rows.group.tolist()
+        return [[i for i, g in enumerate(numbers) if g == wanted] for wanted in dict.fromkeys(numbers)]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over all events of the batch."""
+        return (value * self.mask).sum() / self.events
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a.exp() * (a - b)).sum(-1)
+
+
+def mixture(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """``log(share * exp(a) + (1 - share) * exp(b))``."""
+    return torch.log(share * a.exp() + (1 - share) * b.exp())
+
+
+def group_normalised(table: Table) -> Tensor:
+    """One advantage per row: reward less the group's mean, over its standard deviation (n - 1)."""
+    out = torch.zeros(len(table.rows), dtype=torch.float64)
+    reward = table.rows.columns["reward"].double()
+    for members in table.groups():
+        values = [float(reward[i]) for i in members]
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+        for i, v in zip(members, values, strict=True):
+            out[i] = 0.0 if max(values) == min(values) else (v - mean) / (spread + 1e-6)
+    return out
+
+
+def clipped(ratio: Tensor, advantage: Tensor, width: float = 0.2) -> Tensor:
+    return torch.maximum(-ratio * advantage, -ratio.clamp(1 - width, 1 + width) * advantage)
+
+
+def whitened(value: Tensor, mask: Tensor) -> Tensor:
+    inside = value[mask > 0]
+    return (value - inside.mean()) / (inside.std(unbiased=False) + 1e-8) * mask
+
+
+# ---- the recipes -------------------------------------------------------------------------------------------------
+
+
+def sft(t: dict[str, Table], **_: Any) -> Tensor:
+    main = t["main"]
+    return -main.mean(main.logp("policy"))
+
+
+def kd(t: dict[str, Table], imitate: float = 0.0) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    return main.mean(kl(q, p)) - imitate * main.mean(main.taken(p))
+
+
+def gkd(t: dict[str, Table]) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    m = mixture(q, p, 0.5)
+    return main.mean(0.5 * kl(q, m) + 0.5 * kl(p, m))
+
+
+def akl(t: dict[str, Table], head_mass: float = 0.5) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    share = torch.zeros(p.shape[:2], dtype=torch.float64)
+    for i, k in main.rows.mask.nonzero().tolist():
+        order = sorted(range(q.shape[-1]), key=lambda v: -float(q[i, k, v]))
+        head, mass = 0.0, 0.0
+        gaps = (p[i, k].exp() - q[i, k].exp()).abs().detach()
+        for place, v in enumerate(order):
+            mass += float(q[i, k, v].exp())
+            if mass > head_mass and place > 0:
+                break
+            head += float(gaps[v])
+        share[i, k] = head / float(gaps.sum())
+    return main.mean(share * kl(q, p) + (1 - share) * kl(p, q))
+
+
+def distillm(t: dict[str, Table], text: str | None = None, lam: float = 0.1) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    loss = main.mean(kl(q, mixture(q, p, lam)))
+    return loss if text is None else loss + sft({"main": t["text"]})
+
+
+def minillm(
+    t: dict[str, Table],
+    text: str | None = None,
+    start: int = 1,
+    teacher_share: float = 0.2,
+    epochs: int = 4,
+    minibatches: int = 1,
+    clip: float = 0.2,
+) -> Tensor:
+    roll = t["roll"]
+    law, teacher = roll.law(roll.made.policy), roll.law(roll.made.models["teacher"]).detach()
+    logp = roll.taken(law)
+    with torch.no_grad():
+        mixed = roll.taken(mixture(teacher, roll.law(roll.made.old), teacher_share))
+        step = roll.taken(teacher) - roll.logp("old")
+        future = torch.zeros_like(step)
+        for i in range(len(roll.rows)):
+            places = roll.rows.mask[i].nonzero()[:, 0].tolist()
+            for k, place in enumerate(places):
+                rest = [float(step[i, at]) for at in places[k + start :]]
+                future[i, place] = sum(rest) / len(rest) if rest else 0.0
+        advantage = whitened(future, roll.mask)
+    ratio = (logp - mixed).exp()
+    long = roll.mean(clipped(ratio, advantage, clip))
+    single = roll.mean(ratio.detach().clamp(max=5.0) * kl(law, teacher))
+    loss = long + single
+    return loss if text is None else loss + sft({"main": t["text"]})
+
+
+def grpo(
+    t: dict[str, Table], to: str = "reference", group_size: int = 4, clip: float = 0.2, coefficient: float = 0.04,
+    minibatches: int = 1, epochs: int = 1, weight: Callable[[Table], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    main = t["main"]
+    fresh = minibatches * epochs == 1
+    logp = main.logp("policy")
+    old = logp.detach() if fresh else main.logp("old")
+    loss = main.mean(clipped((logp - old).exp(), group_normalised(main)[:, None], clip))
+    if coefficient == 0:
+        return loss
+    k2 = (logp - old).exp().detach() * 0.5 * (logp - main.logp(to)) ** 2
+    if weight is not None:
+        k2 = k2 * weight(main)[:, None]
+    return loss + coefficient * main.mean(k2)
+
+
+def kdrl(t: dict[str, Table], group_size: int = 4, guided: bool = False) -> Tensor:
+    def nobody_right(table: Table) -> Tensor:
+        out = torch.zeros(len(table.rows), dtype=torch.float64)
+        for members in table.groups():
+            hit = any(float(table.rows.columns["reward"][i]) > 0 for i in members)
+            out[members] = 0.0 if hit else 1.0
+        return out
+
+    coefficient = 5e-3 + (1e-3 - 5e-3) * STEP / 200
+    return grpo(t, to="teacher", coefficient=coefficient, weight=nobody_right if guided else None)
+
+
+def g_opd(t: dict[str, Table], scale: float = 1.25, clip: float | None = 10.0) -> Tensor:
+    main = t["main"]
+    logp, teacher, base = main.logp("policy"), main.logp("teacher"), main.logp("base")
+    away = base - teacher if clip is None else (base - teacher).clamp(-clip, clip)
+    advantage = (teacher + (1 - scale) * away - logp).detach()
+    return -main.mean((logp - logp.detach()).exp() * advantage)
+
+
+def ppo(
+    t: dict[str, Table], clip: float = 0.2, decay: float = 0.95, initial: float = 0.1, value_coefficient: float = 0.5,
+    minibatches: int = 4, epochs: int = 4,
+) -> Tensor:  # fmt: skip
+    main = t["main"]
+    made = main.made
+    critic = made.modules["critic"]
+    with torch.no_grad():
+        hidden = made.old(main.rows.tokens, main.rows.attention)[:, :-1]
+        values, old, reference = critic(hidden), main.logp("old"), main.logp("reference")
+        advantage = torch.zeros_like(values)
+        for i in range(len(main.rows)):
+            places = main.rows.mask[i].nonzero()[:, 0].tolist()
+            running, following = 0.0, 0.0
+            for place in reversed(places):
+                paid = float(main.rows.columns["reward"][i]) if place == places[-1] else 0.0
+                paid -= initial * float(old[i, place] - reference[i, place])
+                delta = paid + following - float(values[i, place])
+                running = delta + decay * running
+                advantage[i, place] = running
+                following = float(values[i, place])
+        goal = advantage + values
+        policy_hidden = made.policy(main.rows.tokens, main.rows.attention)[:, :-1]
+    ratio = (main.logp("policy") - old).exp()
+    loss = main.mean(clipped(ratio, whitened(advantage, main.mask), clip))
+    return loss + value_coefficient * main.mean(0.5 * (critic(policy_hidden) - goal) ** 2)
+
+
+def disco(
+    t: dict[str, Table], group_size: int = 4, tau: float = 10.0, bound: float = 1e-4, slope: float = 1e3,
+    minibatches: int = 2,
+) -> Tensor:  # fmt: skip
+    main = t["main"]
+    logp, old = main.logp("policy"), main.logp("old")
+    score = (logp * main.mask).sum(1) / main.length
+    reward = main.rows.columns["reward"]
+    gain, heard = torch.zeros(()), torch.zeros(len(main.rows), dtype=torch.float64)
+    for members in main.groups():
+        values = [float(reward[i]) for i in members]
+        heard[members] = 0.0 if max(values) == min(values) else 1.0
+        right, wrong = [i for i in members if reward[i] > 0.5], [i for i in members if reward[i] <= 0.5]
+        if right and wrong:
+            hardest = tau * torch.log(torch.exp(score[wrong] / tau).mean())
+            gain = gain + (score[right] - hardest).mean()
+    drift = ((old - logp) * main.mask * heard[:, None]).sum() / main.events
+    return -gain / len(main.groups()) + 0.5 * slope * (drift - bound).clamp(min=0) ** 2
+
+
+def _pairs(main: Table, reference: Tensor) -> list[Tensor]:
+    """``log u(chosen)`` and ``log u(rejected)`` of each pair."""
+    ratio = ((main.logp("policy") - reference) * main.mask).sum(1)
+    found = []
+    for members in main.groups():
+        (chosen,) = [i for i in members if main.rows.role[i] == 1]
+        (rejected,) = [i for i in members if main.rows.role[i] == 2]
+        found.append(torch.stack([ratio[chosen], ratio[rejected]]))
+    return found
+
+
+def dpo(t: dict[str, Table], beta: float = 0.1, smoothing: float = 0.0) -> Tensor:
+    losses = []
+    for up, down in _pairs(t["main"], t["main"].logp("reference")):
+        z = beta * (up - down)
+        losses.append(-(1 - smoothing) * torch.log(torch.sigmoid(z)) - smoothing * torch.log(torch.sigmoid(-z)))
+    return torch.stack(losses).mean()
+
+
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    # f'(u) of each generator, from its formula.
+    "JensenShannon": lambda u: 0.5 * torch.log(2 * u / (1 + u)),
+    "ForwardKL": lambda u: -1 / u,
+    "ReverseKL": lambda u: torch.log(u) + 1,
+}
+
+
+def f_dpo(t: dict[str, Table], beta: float = 0.1, clip: float = 20.0, divergence: Any = None) -> Tensor:
+    slope = SLOPES["JensenShannon" if divergence is None else type(divergence).__name__]
+    losses = []
+    for pair in _pairs(t["main"], t["main"].logp("reference")):
+        up, down = slope(pair.clamp(-clip, clip).exp())
+        losses.append(-torch.log(torch.sigmoid(beta * (up - down))))
+    return torch.stack(losses).mean()
+
+
+def inpo(t: dict[str, Table], eta: float = 0.0075, tau: float = 0.0025, group_size: int = 4) -> Tensor:
+    main = t["main"]
+    law = tau / eta * main.logp("reference") + (1 - tau / eta) * main.logp("previous")
+    return torch.stack([(up - down - 1 / (2 * eta)) ** 2 for up, down in _pairs(main, law)]).mean()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "sft": sft, "kd": kd, "gkd": gkd, "akl": akl, "distillm": distillm, "minillm": minillm, "grpo": grpo,
+    "kdrl": kdrl, "g-opd": g_opd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
+}  # fmt: skip
+
+
+def reference(chosen: Case, made: Prepared) -> tuple[dict[str, Tensor], float]:
+    """The gradient and the value of the published loss."""
+    tables = {name: Table(made, view.rows) for name, view in made.views.items()}
+    loss = LOSSES[chosen.slug](tables, **chosen.options)
+    named = made.parameters()
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = zip(named.items(), grads, strict=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in found}, float(loss.detach())
