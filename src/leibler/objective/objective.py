@@ -28,8 +28,13 @@ class Objective:
     def walk(self) -> Iterator[tuple[Signal, Term | Shaper]]:
         """Every signal of every term with the part that owns it (the term, or the shaper it is a field of)."""
         for term in self.terms:
-            for signal in term.signals():
-                yield from _walk(signal, term)
+            yield from walk(term)
+
+
+def walk(term: Term) -> Iterator[tuple[Signal, Term | Shaper]]:
+    """Every signal of a term with the part that owns it."""
+    for signal in term.signals():
+        yield from _walk(signal, term)
 
 
 def _walk(signal: Signal, owner: Term | Shaper) -> Iterator[tuple[Signal, Term | Shaper]]:

@@ -77,7 +77,10 @@ class MeanLogProb:
 
 
 class Contrast(Protocol):
-    """``contrast(score, rows) -> (z [comparisons], weight [comparisons])``; ``count`` is the denominator."""
+    """``contrast(score, rows) -> (z [comparisons], weight [comparisons])``; ``count`` is the denominator.
+
+    A comparison of muted rows has weight 0 and stays in the count.
+    """
 
     def __call__(self, score: Tensor, rows: Rows) -> tuple[Tensor, Tensor]: ...
 
@@ -91,7 +94,7 @@ class Pairs:
     def __call__(self, score: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         chosen, rejected = self._pairs(rows)
         z = score[chosen] - score[rejected]
-        return z, torch.ones_like(z)
+        return z, (rows.heard[chosen] * rows.heard[rejected]).to(z.dtype)
 
     def count(self, rows: Rows) -> float:
         return float(self._pairs(rows)[0].shape[0])
@@ -115,20 +118,25 @@ class AgainstHardest:
     label: Column = field(default_factory=Reward)
     above: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not 0 < self.tau < float("inf"):
+            raise RecipeError(f"AgainstHardest(tau={self.tau:g}) needs a temperature that is positive and finite.")
+
     def __call__(self, score: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        right = rows.columns[self.label.name] > self.above
+        right = rows.column(self.label.name) > self.above
         index, groups = rows.group_index, rows.groups
-        wrong_scores = torch.where(right, score.new_full((), float("-inf")), score / self.tau)
-        # log-mean-exp over the wrong rows of each group, as one masked [groups, rows] reduction.
-        member = index[None, :] == torch.arange(groups, device=score.device)[:, None]
-        grid = torch.where(member, wrong_scores[None, :], score.new_full((), float("-inf")))
-        count = (member & ~right[None, :]).sum(dim=1)
-        usable = (count > 0)[index] & right
-        picked = usable.nonzero()[:, 0]
-        hardest = torch.logsumexp(grid[index[picked]], dim=1) - count[index[picked]].to(score.dtype).log()
-        z = score[picked] - self.tau * hardest
+        # Log-mean-exp over the wrong rows of each group, as one masked [groups, rows] reduction. With the highest score
+        # taken off and expm1, large temperatures lose no digits: the result is the highest plus a small correction.
+        wrong = (index[None, :] == torch.arange(groups, device=score.device)[:, None]) & ~right[None, :]
+        count = wrong.sum(dim=1).clamp_min(1)
+        fixed = score.detach()
+        top = torch.where(wrong, fixed[None, :], fixed.new_full((), float("-inf"))).amax(dim=1).nan_to_num(neginf=0.0)
+        below = torch.where(wrong, score[None, :] - top[:, None], score.new_zeros(()))
+        mean = torch.where(wrong, torch.expm1(below / self.tau), score.new_zeros(())).sum(dim=1) / count
+        hardest = top + self.tau * torch.log1p(mean)
+        picked = (wrong.any(dim=1)[index] & right).nonzero()[:, 0]
         positives = score.new_zeros(groups).index_add(0, index, right.to(score.dtype))
-        return z, 1.0 / positives[index[picked]]
+        return score[picked] - hardest[index[picked]], rows.heard[picked].to(score.dtype) / positives[index[picked]]
 
     def count(self, rows: Rows) -> float:
         return float(rows.groups)

@@ -79,8 +79,22 @@ class Rows:
     def groups(self) -> int:
         return int(self.group_index.max()) + 1 if len(self) else 0
 
+    @cached_property
+    def heard(self) -> Float[Tensor, " batch"]:
+        """1 for each row, 0 for a muted one."""
+        if self.muted is None:
+            return torch.ones(len(self), device=self.tokens.device)
+        return (~self.muted).to(torch.float32)
+
     def with_columns(self, **columns: Tensor) -> Rows:
         return replace(self, columns={**self.columns, **columns})
+
+    def column(self, name: str) -> Tensor:
+        """A column; raises `RecipeError` for one that no stage has written."""
+        if name not in self.columns:
+            known = ", ".join(sorted(self.columns)) or "none"
+            raise RecipeError(f"the batch has no column {name!r} (it has: {known}); add the stage that writes it.")
+        return self.columns[name]
 
     def select(self, index: Int[Tensor, " chosen"]) -> Rows:
         """The rows of ``index`` (in increasing order), trimmed to their longest."""
@@ -172,10 +186,7 @@ class View:
 
     def column(self, name: str) -> Tensor:
         """A column, ``[batch]`` as it is and ``[batch time]`` flat over events."""
-        if name not in self.rows.columns:
-            known = ", ".join(sorted(self.rows.columns)) or "none"
-            raise RecipeError(f"the batch has no column {name!r} (it has: {known}); add the stage that writes it.")
-        value = self.rows.columns[name]
+        value = self.rows.column(name)
         if value.ndim == 2:
             value = value[self.rows.mask]
             return value if self.events is None else value[self.events]
@@ -219,7 +230,12 @@ class View:
 
     def detached(self) -> View:
         return View(
-            self.rows, {n: v.detach() for n, v in self.values.items()}, self.signals, self.step, self.states, self.events
+            self.rows,
+            {n: v.detach() for n, v in self.values.items()},
+            self.signals,
+            self.step,
+            self.states,
+            self.events,
         )
 
     def with_values(self, values: Mapping[Need, Tensor]) -> View:
@@ -263,6 +279,15 @@ def group_mean(value: Float[Tensor, " batch"], rows: Rows) -> Float[Tensor, " ba
 def group_sum(value: Float[Tensor, " batch"], rows: Rows) -> Float[Tensor, " batch"]:
     """Each row's group sum."""
     return _per_group(value, rows, lambda total, count: total)
+
+
+def group_spread(value: Float[Tensor, " batch"], rows: Rows) -> Float[Tensor, " batch"]:
+    """Each row's group maximum less its minimum: exactly 0 for equal numbers, which a mean is not."""
+    index = rows.group_index
+    ends = [
+        value.new_zeros(rows.groups).scatter_reduce(0, index, value, r, include_self=False) for r in ("amax", "amin")
+    ]
+    return (ends[0] - ends[1])[index]
 
 
 def _per_group(value: Tensor, rows: Rows, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ measured). Signals compose with ``+ - * ~`` and chain with ``>>``, which hands t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from leibler.divergence import Divergence
 from leibler.errors import RecipeError
+from leibler.estimate.credit import coefficients
 from leibler.objective.needs import LogProb, Need, sampled, sampled_needs
-from leibler.objective.rows import View, group_mean, group_sum
+from leibler.objective.rows import View, group_mean, group_spread, group_sum
 from leibler.objective.targets import Behaviour, Handle, Policy, Target
 
 Reach = Literal["token", "sequence", "group", "batch"]
@@ -85,6 +86,9 @@ class Signal:
     def __sub__(self, other: Signal | float) -> Signal:
         return _Combined(self, other, "-")
 
+    def __rsub__(self, other: float) -> Signal:
+        return _Combined(-self, other, "+")
+
     def __neg__(self) -> Signal:
         return _Combined(self, -1.0, "*")
 
@@ -96,8 +100,23 @@ class Signal:
         return Chain(self, shaper)
 
 
+def rollout_parts(signal: Signal) -> Iterator[Signal]:
+    """The largest parts of a signal that are computed once per draw, over whole groups (itself, if it is one)."""
+    if signal.clock == "rollout":
+        yield signal
+        return
+    for part in signal.parts():
+        yield from rollout_parts(part)
+
+
 class Shaper:
-    """Changes numbers: ``shaper(view, value, reach) -> value``; ``reach_after`` says what comes out."""
+    """Changes numbers: ``shaper(view, value, reach) -> value``; ``reach_after`` says what comes out.
+
+    It is called once per draw with all rows, unless it is ``elementwise``: then it may be called on any part of them,
+    and may follow a signal that reads the policy of each step.
+    """
+
+    elementwise: ClassVar[bool] = False
 
     def needs(self) -> tuple[Need, ...]:
         return ()
@@ -123,13 +142,21 @@ class Chain(Signal):
     first: Signal
     then: Shaper
 
+    def __post_init__(self) -> None:
+        self.then.reach_after(self.first.reach)
+        if not self.then.elementwise and (self.first.clock == "step" or LogProb(Policy()) in self.then.needs()):
+            raise RecipeError(
+                f"{type(self.then).__name__} looks at a whole draw, once, but is given numbers of the policy at each "
+                "step; use Old() in place of Policy()."
+            )
+
     @property
     def reach(self) -> Reach:  # type: ignore[override]
         return self.then.reach_after(self.first.reach)
 
     @property
     def clock(self) -> Clock:  # type: ignore[override]
-        return self.first.clock
+        return self.first.clock if self.then.elementwise else "rollout"
 
     def needs(self) -> tuple[Need, ...]:
         return self.first.needs() + self.then.needs()
@@ -178,6 +205,11 @@ class Column(Signal):
     reach: Reach = "sequence"  # type: ignore[assignment]
 
     def __call__(self, view: View) -> Tensor:
+        level = "token" if view.rows.column(self.name).ndim == 2 else "sequence"
+        if (level == "token") != (self.reach == "token"):
+            raise RecipeError(
+                f"the column {self.name!r} holds one number per {level}; say Column(..., reach={level!r})."
+            )
         return view.column(self.name)
 
 
@@ -233,6 +265,9 @@ class GroupAny(Signal):
     of: Signal = field(default_factory=Reward)
     reach: ClassVar[Reach] = "group"  # type: ignore[misc]
 
+    def __post_init__(self) -> None:
+        _rows_only("GroupAny", self.of.reach)
+
     def needs(self) -> tuple[Need, ...]:
         return self.of.needs()
 
@@ -263,18 +298,20 @@ class GroupNormalised(Shaper):
     std: Literal["group", "batch"] | None = "group"
     eps: float = 1e-6
 
-    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+    def reach_after(self, reach: Reach) -> Reach:
         _rows_only("GroupNormalised", reach)
+        return reach
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         centred = value - group_mean(value, view.rows)
         # Equal rewards must give 0, not rounding noise divided by eps.
-        spread = group_mean(centred * centred, view.rows)
-        centred = torch.where(spread > 1e-12, centred, torch.zeros_like(centred))
+        centred = torch.where(group_spread(value, view.rows) > 0, centred, torch.zeros_like(centred))
         if self.std is None:
             return centred
         if self.std == "batch":
             return centred / (centred.pow(2).mean().sqrt() + self.eps)
         size = group_sum(torch.ones_like(value), view.rows)
-        unbiased = spread * size / (size - 1).clamp_min(1)
+        unbiased = group_sum(centred * centred, view.rows) / (size - 1).clamp_min(1)
         return centred / (unbiased.sqrt() + self.eps)
 
 
@@ -282,8 +319,11 @@ class GroupNormalised(Shaper):
 class LeaveOneOut(Shaper):
     """Reward minus the mean reward of the other rows of the group (RLOO, 2024)."""
 
-    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+    def reach_after(self, reach: Reach) -> Reach:
         _rows_only("LeaveOneOut", reach)
+        return reach
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         size = group_sum(torch.ones_like(value), view.rows)
         mean = group_mean(value, view.rows)
         return torch.where(size > 1, (value - mean) * size / (size - 1).clamp_min(1), value)
@@ -307,6 +347,7 @@ class Clipped(Shaper):
     """Numbers held to ``[-bound, bound]``."""
 
     bound: float
+    elementwise: ClassVar[bool] = True
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         return value.clamp(-self.bound, self.bound)
@@ -340,13 +381,18 @@ class ToGo(Shaper):
 
 
 @dataclass(frozen=True)
-class SequenceDerivative(Shaper):
-    """``f'(prod_t u_t)`` of the whole response from the log-ratios ``log u_t`` of its events, at each event."""
+class SequenceCredit(Shaper):
+    """What multiplies ``grad log p`` of each event in the gradient of a divergence of responses, from its log-ratios.
+
+    See `leibler.estimate.credit`: ``to_go`` adds the divergence of the contexts that an event leads to, ``sequence`` is
+    ``f'`` of the whole response's ratio.
+    """
 
     divergence: Divergence
+    credit: Literal["to_go", "sequence"]
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        return view.to_events(self.divergence.f_prime(view.sum_rows(value)))
+        return coefficients(self.divergence, value, self.credit, sequence=view.rows.row).to(value.dtype)
 
 
 def _reverse_cumulative(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from leibler.objective.needs import LogProb, Need, TokenDivergence, TokenEntropy
 from leibler.objective.preference import Contrast, Link, Logistic, Pairs, Score
 from leibler.objective.reduce import Reduction, TokenMean
 from leibler.objective.rows import Rows, View
-from leibler.objective.signals import LogRatio, SequenceDerivative, Signal, ToGo
+from leibler.objective.signals import LogRatio, SequenceCredit, Signal
 from leibler.objective.surrogates import Clip, Surrogate
 from leibler.objective.targets import Old, Policy, Target
 
@@ -96,7 +96,8 @@ class PolicyGradient(Term):
         return (self.advantage, *super().signals())
 
     def loss(self, view: View) -> Units:
-        log_ratio = view.get(LogProb(Policy())) - sampled(self.surrogate.anchor, view.get)
+        # Detached: with the policy itself as anchor, the ratio is 1 in value and its gradient is the score.
+        log_ratio = view.get(LogProb(Policy())) - sampled(self.surrogate.anchor, view.get).detach()
         return self.surrogate(log_ratio, view.signal(self.advantage)), self._weights(view)
 
 
@@ -149,8 +150,8 @@ class Match(Term):
     @property
     def _credit(self) -> Signal:
         """The score-function coefficient of the sequences' divergence, per event."""
-        ratio = LogRatio(self.behaviour if self.sampled_from == "behaviour" else Old(), self.to)
-        return ratio >> (ToGo() if self.credit == "to_go" else SequenceDerivative(self.divergence))
+        assert self.credit != "token"
+        return LogRatio(Old(), self.to) >> SequenceCredit(self.divergence, self.credit)
 
     def loss(self, view: View) -> Units:
         return self._value(view), self._weights(view)
@@ -170,9 +171,11 @@ class Match(Term):
         return self.estimator.loss(self.divergence, logp, target, self.sampled_from, behaviour_logp=behaviour)
 
     def measures(self, view: View) -> dict[str, Tensor]:
-        """The divergence itself (unbiased), whatever was descended."""
+        """The divergence itself (unbiased), whatever was descended; nothing where sampled tokens cannot tell it."""
         if self.exact:
             return {"divergence": view.get(TokenDivergence(self.divergence, self.to))}
+        if not self.to.normalised:
+            return {}
         measured = value(
             view.get(LogProb(Policy())),
             sampled(self.to, view.get),
@@ -222,6 +225,12 @@ class Preference(Term):
     link: Link = field(default_factory=Logistic)
     contrast: Contrast = field(default_factory=Pairs)
     couples: ClassVar[Couples] = "group"
+
+    def __post_init__(self) -> None:
+        if self.weight != 1.0 or self.reduce != TokenMean():
+            raise RecipeError(
+                "Preference compares whole responses: it takes no weight and no reduce; scale it by its coefficient."
+            )
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from leibler.errors import DataError
-from leibler.objective.rows import CHOSEN, REJECTED, Rows, group_mean
+from leibler.objective.rows import CHOSEN, REJECTED, Rows, group_spread
 from leibler.train.sources import Context
 
 if TYPE_CHECKING:
@@ -45,7 +46,12 @@ class Score:
         reward = self.by.bind(context) if isinstance(self.by, Answer) else self.by
         values = [float(v) for v in reward(rows.records, rows.texts)]
         if len(values) != len(rows):
-            raise DataError(f"the reward returned {len(values)} numbers for {len(rows)} responses; return one for each.")
+            raise DataError(
+                f"the reward returned {len(values)} numbers for {len(rows)} responses; return one for each."
+            )
+        for value, text in zip(values, rows.texts, strict=True):
+            if not math.isfinite(value):
+                raise DataError(f"the reward of {text[:40]!r} is {value}; return a finite number for every response.")
         return rows.with_columns(reward=torch.tensor(values))
 
 
@@ -99,7 +105,7 @@ class BestAndWorst:
     by: str = "win_rate"
 
     def __call__(self, rows: Rows, context: Context) -> Rows:
-        value, keep, role = rows.columns[self.by], [], rows.role.clone()
+        value, keep, role = rows.column(self.by), [], rows.role.clone()
         for group in range(rows.groups):
             members = (rows.group_index == group).nonzero()[:, 0]
             best, worst = members[value[members].argmax()], members[value[members].argmin()]
@@ -116,7 +122,5 @@ class MuteEqual:
     by: str = "reward"
 
     def __call__(self, rows: Rows, context: Context) -> Rows:
-        value = rows.columns[self.by]
-        equal = (value - group_mean(value, rows)).abs() < 1e-9
-        muted = group_mean(equal.float(), rows) > 1 - 1e-6
+        muted = group_spread(rows.column(self.by), rows) == 0
         return replace(rows, muted=muted if rows.muted is None else rows.muted | muted)
