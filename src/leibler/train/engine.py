@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from leibler.divergence import SampledLogProb
 from leibler.fused import Linear, TargetRows, Want, functionals, one_pass
 from leibler.objective.needs import LogProb, Need, Output, TokenEntropy
+from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
-from leibler.objective.signals import Shaper, Signal
+from leibler.objective.signals import Shaper, Signal, rollout_parts
 from leibler.objective.targets import Behaviour, Old, Policy, Target
 from leibler.objective.terms import Term
 from leibler.policy import CausalLM
@@ -80,6 +81,8 @@ class Engine:
         self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
         self.names = _names(recipe.objective.terms)
         self.device = models["policy"].device
+        # Numbers per event: float32 at least, whatever the weights.
+        self.dtype = torch.promote_types(models["policy"].head()[0].dtype, torch.float32)
 
     # ---- once per draw -------------------------------------------------------------------------------------------
 
@@ -106,26 +109,45 @@ class Engine:
                 values.update(self._constants(name, needs, rows))
             view = view.with_values(values)
             for term in (*plan.terms, *plan.side):
-                for signal in term.signals():
-                    if signal.clock == "rollout" and signal not in view.signals:
+                for signal in (part for whole in term.signals() for part in rollout_parts(whole)):
+                    if signal not in view.signals:
                         view = view.with_signals({signal: signal(view)})
         return view
+
+    def measured(self, views: Mapping[str, View]) -> Step:
+        """What the shapers that hold a controller measure over a draw: once per draw, over all processes."""
+        step = Step({}, {})
+        with torch.no_grad():
+            for stream, plan in self.plans.items():
+                owners = dict.fromkeys(
+                    o for t in (*plan.terms, *plan.side) for _, o in walk(t) if isinstance(o, Shaper)
+                )
+                for owner in owners:
+                    view = views.get(stream)
+                    found = owner.measures(view) if view is not None and len(view.rows) else {}
+                    count = found.get("sequences", 0.0)
+                    pair = torch.tensor([found.get("divergence_per_sequence", 0.0) * count, count], dtype=torch.float64)
+                    total, count = self.reduce(pair.to(self.device)).tolist()
+                    if count:
+                        step.own[owner] = {"divergence_per_sequence": total / count, "sequences": count}
+                        step.metrics[f"divergence/{type(owner).__name__}"] = total / count
+        return step
 
     def _constants(self, name: str, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
         model = self.models[name]
         total = rows.row.shape[0]
-        out = {need: torch.zeros(total, device=self.device) for need in needs}
+        out = {need: torch.zeros(total, dtype=self.dtype, device=self.device) for need in needs}
         for index in self._cut(rows, whole_groups=False):
             part = rows.select(index)
             at = _events_of(rows, index)
             hidden = _event_hidden(model, part)
             for need in needs:
                 if isinstance(need, Output):
-                    out[need][at] = self.modules[need.module](hidden).float()
+                    out[need][at] = self.modules[need.module](hidden).to(self.dtype)
                 else:
                     want = [Want(SampledLogProb())]
                     value = functionals(self._linear(model, hidden), want, token=part.label, vocab=model.vocab_size)
-                    out[need][at] = value[0].float()
+                    out[need][at] = value[0].to(self.dtype)
         return out
 
     # ---- once per optimiser step ---------------------------------------------------------------------------------
@@ -182,7 +204,7 @@ class Engine:
 
     def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
         """All of the policy's numbers over the optimiser batch, without gradient."""
-        total = torch.zeros(len(plan.wants), view.rows.row.shape[0], device=self.device)
+        total = torch.zeros(len(plan.wants), view.rows.row.shape[0], dtype=self.dtype, device=self.device)
         with torch.no_grad():
             for number, index in enumerate(cuts):
                 part = view.rows.select(index)
@@ -191,7 +213,7 @@ class Engine:
                 model, targets = self._operands(plan, part, hidden)
                 total[:, _events_of(view.rows, index)] = functionals(
                     model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
-                ).float()
+                ).to(self.dtype)
         return view.with_values(self._named(plan, total))
 
     def _scales(
@@ -243,7 +265,8 @@ class Engine:
             if view.events is None:
                 contribution = contribution.sum()
             total = contribution if total is None else total + contribution
-        assert total is not None
+        if total is None:  # a stream on which side modules alone are trained
+            return torch.zeros(() if view.events is None else view.events.shape, device=self.device)
         return total
 
     def _side_loss(
@@ -254,7 +277,7 @@ class Engine:
         values: dict[Need, Tensor] = {}
         for need in plan.outputs:
             rule: Any = self.recipe.models[need.module]
-            values[need] = self.modules[need.module](hidden if rule.spec.through else hidden.detach()).float()
+            values[need] = self.modules[need.module](hidden if rule.spec.through else hidden.detach()).to(self.dtype)
         return self._sum(plan.side, micro.with_values(values), scales, log)
 
     # ---- pieces ---------------------------------------------------------------------------------------------------
@@ -337,13 +360,6 @@ class Engine:
             violations = sums.get(f"support_violations/{name}", 0.0)
             if violations:
                 step.metrics[f"support_violations/{name}"] = violations
-        for _, owner in self.recipe.objective.walk():
-            if isinstance(owner, Shaper) and isinstance(owner, Hashable) and owner not in step.own:
-                for view in views.values():
-                    measured = owner.measures(view) if set(owner.needs()) <= set(view.values) else {}
-                    if measured:
-                        step.own[owner] = measured
-                        step.metrics[f"divergence/{type(owner).__name__}"] = measured["divergence_per_sequence"]
         step.metrics["loss"] = loss
         if sums.get("events", 0):
             step.metrics["entropy"] = sums["entropy"] / sums["events"]
@@ -443,4 +459,3 @@ class _Log:
 
     def totals(self) -> Totals:
         return {k: float(v) for k, v in self.sums.items()}
-

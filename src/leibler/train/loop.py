@@ -142,9 +142,7 @@ class _Trainer:
         )
         policy = setup.load_model(student, options, trained=True, key="student")
         policy.requires_grad_(True) if not policy.has_adapter else None
-        given = {name: setup.load_model(m, options, trained=False, key=f"models.{name}") for name, m in models.items()}
-        if teacher is not None:
-            given["teacher"] = setup.load_model(teacher, options, trained=False, key="teacher")
+        given = setup.load_models(recipe, teacher, models, options)
         specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
         self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
         self.validation = self._validation(validation, policy)
@@ -262,8 +260,13 @@ class _Trainer:
     def _use(self, drawn: Mapping[str, Rows], progress: Progress) -> None:
         started = time.monotonic()
         views = self.engine.annotate(drawn, self.step, self.states)
+        measured = self.engine.measured(views)
+        heard = measured.own
         for batch in self._batches(views):
-            result = self._optimise(batch)
+            result = self._optimise(batch, heard)
+            # A draw is measured once, so its controllers hear of it once, however many steps it serves.
+            heard = {}
+            result.metrics.update(measured.metrics)
             self.step += 1
             self._write(result, batch, time.monotonic() - started, progress)
             started = time.monotonic()
@@ -292,7 +295,7 @@ class _Trainer:
                     batch[stream] = view.select(chosen.nonzero()[:, 0].to(view.rows.tokens.device))
                 yield {s: v.at(self.step, self.states) for s, v in batch.items()}
 
-    def _optimise(self, batch: Mapping[str, View]) -> Step:
+    def _optimise(self, batch: Mapping[str, View], heard: Mapping[Hashable, Mapping[str, float]]) -> Step:
         rate = self.options.rate(self.step)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -307,7 +310,7 @@ class _Trainer:
             if not isinstance(rule, Trained) and rule.due(self.step + 1, 0):
                 rule.refresh(self.models[name], self.models["policy"])
         for signal_, owner in self.stateful.items():
-            event = StepEnd(self.step + 1, result.metrics, result.own.get(owner, {}))
+            event = StepEnd(self.step + 1, result.metrics, {**heard, **result.own}.get(owner, {}))
             self.states[signal_] = signal_.observe(self.states[signal_], event)
         return result
 
@@ -371,22 +374,28 @@ class _Trainer:
     def _due(self) -> None:
         """Validation and checkpoint, when a multiple of their interval was reached since the last draw."""
         o = self.options
-        if o.validate_every and self.validation is not None and self._on(o.validate_every):
-            self._validate()
-        if o.save_every and self._on(o.save_every):
-            self._save()
+        validate = o.validate_every and self.validation is not None and self._on(o.validate_every)
+        save = o.save_every and self._on(o.save_every)
+        # Before saving: a resumed run must not find the same interval due again.
         self.last_due = self.step
+        if validate:
+            self._validate()
+        if save:
+            self._save()
 
     def _validation(self, given: Any, policy: CausalLM) -> Dataset | None:
+        listens = self.recipe.source.needs_validation
+        if listens and not self.options.validate_every:
+            # A source that listens to the validation gets twenty looks at it.
+            self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
         if given is not None:
-            return setup.usable(given, ("prompt",), policy, self.options, self.out / "set_aside" / "validation.jsonl")
-        if not self.recipe.source.needs_validation:
+            needs = ("prompt", "completion") if listens else ("prompt",)
+            return setup.usable(given, needs, policy, self.options, self.out / "set_aside" / "validation.jsonl")
+        if not listens:
             return None
-        # A source that listens to the validation gets one: a twentieth of the data, and twenty looks at it.
+        # It was given none: a twentieth of the data.
         name = next(iter(self.data))
         self.data[name], held_out = self.data[name].split(0.05, self.options.seed)
-        if not self.options.validate_every:
-            self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
         return held_out
 
     def _validate(self) -> None:

@@ -137,7 +137,9 @@ def resolve(
             option = "teacher=DIR" if rule.source == "teacher" else f"models.{rule.source}=DIR"
             raise ModelError(f"the recipe needs the model {rule.source!r}, which was not given; add {option}.")
         if source not in frozen:
-            frozen[source] = policy.copy() if source == "initial" else given[source].eval().requires_grad_(False)
+            # The student itself may stand for another model too: then its weights of now are meant.
+            itself = source == "initial" or given[source] is policy
+            frozen[source] = policy.copy() if itself else given[source].eval().requires_grad_(False)
             same_tokenizer(policy, frozen[source])
         models[name] = frozen[source].copy() if rule.moves else frozen[source]
     return models, modules

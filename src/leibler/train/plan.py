@@ -10,7 +10,7 @@ from leibler.divergence.rows import Functional
 from leibler.estimate import exactness
 from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
-from leibler.objective.signals import Chain, Column, InReward, Reward
+from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
 from leibler.objective.targets import Arithmetic, Geometric, Handle, LogLinear, Old, Policy, Target
 from leibler.objective.terms import Match, Term
 from leibler.train.recipe import Recipe
@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe, stream: str) -> StreamPlan:
     wants = dict.fromkeys([n for n in (*term_needs, *signal_needs) if of_policy(n)])
     wants.setdefault(TokenEntropy(), None)
     targets = dict.fromkeys(n.to for n in wants if isinstance(n, TokenDivergence))
-    needs_old_at_draw = LogProb(Old()) in [n for s in top if s.clock == "rollout" for n in s.needs()]
+    needs_old_at_draw = LogProb(Old()) in [n for s in top for part in rollout_parts(s) for n in part.needs()]
     substitute = recipe.schedule.single_use and not needs_old_at_draw
     constants = dict.fromkeys(
         n
@@ -140,7 +140,8 @@ def _exactness(recipe: Recipe) -> list[str]:
             continue
         assert term.sampled_from is not None
         if term.credit != "token":
-            out.append(f"{term.name}: score function of whole responses (credit {term.credit}), unbiased")
+            stale = "" if recipe.schedule.single_use else " at the first step of a draw, then weighted token by token"
+            out.append(f"{term.name}: score function of whole responses (credit {term.credit}), unbiased{stale}")
             continue
         verdict = exactness(term.divergence, term.estimator, term.sampled_from)
         out.append(

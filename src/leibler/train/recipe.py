@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from leibler.errors import RecipeError
-from leibler.estimate import check
+from leibler.estimate import check, exactness, spelt
 from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
-from leibler.objective.objective import Objective
+from leibler.objective.objective import Objective, walk
+from leibler.objective.schedules import Hinge
+from leibler.objective.signals import Signal
 from leibler.objective.targets import Behaviour, Handle, Old, Policy
-from leibler.objective.terms import Match, Term
+from leibler.objective.terms import Match, PolicyGradient, Term
 from leibler.train.models import Frozen, ModelRule, Trained
 from leibler.train.sources import Origin, Source
 
@@ -30,6 +32,17 @@ class Schedule:
     minibatches: int = 1
     epochs: int = 1
     steps_per_round: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("minibatches", "epochs"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name}={getattr(self, name)} must be at least 1.")
+        used = self.minibatches * self.epochs
+        if self.steps_per_round < 0 or self.steps_per_round % used:
+            raise RecipeError(
+                f"steps_per_round={self.steps_per_round} must be a multiple of the {used} steps that each draw is used "
+                "for, so that rounds turn between draws."
+            )
 
     @property
     def single_use(self) -> bool:
@@ -76,9 +89,37 @@ class Recipe:
             term = replace(term, on=next(iter(streams)))
         if term.on not in streams:
             raise RecipeError(f"the term {term.name} is on {term.on!r}, but the source has {', '.join(streams)}.")
+        law = streams[term.on].law
         if isinstance(term, Match) and not term.exact:
             term = self._bind_sampler(term, streams[term.on])
+        if isinstance(term, PolicyGradient) and law not in (None, Old()) and term.surrogate.anchor == Old():
+            raise RecipeError(
+                f"the ratio of the policy gradient on {term.on!r} is taken to the old policy, but its responses are "
+                "sampled from another law; use a surrogate with anchor=Behaviour()."
+            )
+        self._check_coefficient(term)
         return term
+
+    def _check_coefficient(self, term: Term) -> None:
+        coefficient = term.coefficient
+        if isinstance(coefficient, Signal) and coefficient.reach != "batch":
+            raise RecipeError(
+                f"the coefficient of {term.name} gives one number per {coefficient.reach}, not one; make it the weight."
+            )
+        if any(isinstance(s, Hinge) and s is not coefficient for s, _ in walk(term)):
+            raise RecipeError(
+                f"a Hinge must be the whole coefficient of a term, not a part of a signal of {term.name}."
+            )
+        if not isinstance(coefficient, Hinge):
+            return
+        if not isinstance(term, Match):
+            raise RecipeError(f"a Hinge bounds the divergence of a Match, and {term.name} is none; use a number there.")
+        law = term.sampled_from
+        if law is not None and not (term.credit == "token" and exactness(term.divergence, term.estimator, law).value):
+            raise RecipeError(
+                f"a Hinge reads the value of {term.name}, and {spelt(term.estimator)} does not average to it; use "
+                "Exact(), or K1() on samples of the target."
+            )
 
     def _bind_sampler(self, term: Match, origin: Origin) -> Match:
         if origin.law is None:
@@ -94,6 +135,11 @@ class Recipe:
         else:
             behaviour = Old() if origin.law == Old() else Behaviour()
             term = replace(term, sampled_from="behaviour", behaviour=behaviour)
+        if term.credit != "token" and (origin.law != Old() or term.sampled_from == "target"):
+            raise RecipeError(
+                f"credit={term.credit!r} needs responses sampled from the policy itself, and a target other than it; "
+                "use OnPolicy() without a sampler, or credit='token'."
+            )
         if term.credit == "token":
             check(term.divergence, term.estimator, term.sampled_from, target_normalised=term.to.normalised)
         return term
@@ -116,8 +162,8 @@ class Recipe:
                 for handle in need.to.handles:
                     if handle.name in ("old", "behaviour"):
                         raise RecipeError(
-                            f"a divergence over the whole vocabulary to {handle.name!r} needs its weights: name a model "
-                            "with the rule Snapshot() and match that, or use a sampled estimator."
+                            f"a divergence over the whole vocabulary to {handle.name!r} needs its weights: name a "
+                            "model with the rule Snapshot() and match that, or use a sampled estimator."
                         )
 
     def needs(self) -> set[Need]:

@@ -48,7 +48,9 @@ def write_run_file(out: Path, description: Mapping[str, Any]) -> None:
         **description,
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["leibler", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("leibler", "__main__.py") else "",
+        "command": shlex.join(["leibler", *sys.argv[1:]])
+        if Path(sys.argv[0]).name in ("leibler", "__main__.py")
+        else "",
     }
     (out / RUN_FILE).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
 
@@ -88,9 +90,7 @@ def load_model(source: Any, options: Options, *, trained: bool, key: str) -> Cau
         raise ModelError(f"{key}={source}: {error}") from error
 
 
-def load_models(
-    recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options
-) -> dict[str, CausalLM]:
+def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options) -> dict[str, CausalLM]:
     """The models beside the student, by name; one that the recipe does not read is not loaded."""
     read = {n for name, rule in recipe.models.items() if not isinstance(rule, Trained) for n in (name, rule.source)}
     for name in models:

@@ -11,7 +11,7 @@ import torch
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows
 from leibler.objective.signals import Validation
-from leibler.objective.targets import Handle, Model, Old, Target
+from leibler.objective.targets import Handle, Model, Old, Policy, Target
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -76,8 +76,12 @@ class Source:
         return ()
 
     def datasets(self) -> Mapping[str, str]:
-        """The data it reads, by name, and what it needs of them: ``prompts`` or ``labels``."""
+        """The data it reads, by name, and what it needs of them: ``prompts``, ``labels`` or ``both``."""
         return {}
+
+    def stream_data(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the data behind each stream."""
+        return {stream: tuple(self.datasets()) for stream in self.streams()}
 
     @property
     def needs_validation(self) -> bool:
@@ -95,6 +99,14 @@ class Source:
 
     def __rshift__(self, stage: Stage) -> Source:
         return Staged(self, stage)
+
+
+def _together(*sources: Source) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in sources:
+        for name, kind in source.datasets().items():
+            found[name] = kind if found.get(name, kind) == kind else "both"
+    return found
 
 
 def _next_records(data: Dataset, state: State, count: int, seed: int) -> tuple[list[tuple[int, Record]], State]:
@@ -191,7 +203,8 @@ class OnPolicy(Source):
     max_new_tokens: int | None = None
 
     def streams(self) -> Mapping[str, Origin]:
-        return {"main": Origin(self.sampler)}
+        # The policy while it samples is what the next steps call the old one.
+        return {"main": Origin(Old() if self.sampler == Policy() else self.sampler)}
 
     def handles(self) -> tuple[Handle, ...]:
         return self.sampler.handles
@@ -295,11 +308,10 @@ class Mixture(Source):
         return tuple(h for _, source in self.sources for h in source.handles())
 
     def datasets(self) -> Mapping[str, str]:
-        found: dict[str, str] = {}
-        for _, source in self.sources:
-            for name, kind in source.datasets().items():
-                found[name] = "labels" if "labels" in (kind, found.get(name)) else kind
-        return found
+        return _together(*(source for _, source in self.sources))
+
+    def stream_data(self) -> Mapping[str, tuple[str, ...]]:
+        return {name: tuple(source.datasets()) for name, source in self.sources}
 
     @property
     def needs_validation(self) -> bool:
@@ -365,7 +377,7 @@ class Adaptive(Source):
         return (*self.data.handles(), *self.rollouts.handles())
 
     def datasets(self) -> Mapping[str, str]:
-        return {**self.rollouts.datasets(), **self.data.datasets()}
+        return _together(self.data, self.rollouts)
 
     @property
     def needs_validation(self) -> bool:
