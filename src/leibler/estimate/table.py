@@ -194,7 +194,7 @@ def exactness(divergence: object, estimator: Estimator, sampled_from: str = "mod
         return Exactness(True, True, name, name)
     fact = _find(estimator, law)
     if fact is None:
-        raise RecipeError(f"{estimator!r} is not defined on samples of the {law}; use {_listed(divergence, law)}.")
+        raise RecipeError(f"{spelt(estimator)} is not defined on samples of the {law}; use {_listed(divergence, law)}.")
     if ITSELF in (fact.averages_to, fact.descends) and not has_generator(divergence):
         raise RecipeError(
             f"{divergence!r} has no scalar generator f(u), so sampled tokens cannot estimate it; use Exact()."
