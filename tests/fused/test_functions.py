@@ -462,7 +462,7 @@ def test_a_functional_that_only_informs_costs_no_gradient(engine: str) -> None:
             calls.append(self.fn.__name__)
             super().add_gradient(*args)
 
-    model, target, token = heads()
+    model, target, _ = heads()
     wants = [Want(Counted(entropy, needs_target=False)), Want(Counted(reverse), 0)]
     if engine == "one_pass":
         total, _ = one_pass(model, wants, [target], lambda v, i: v[1] + v[0].detach())
