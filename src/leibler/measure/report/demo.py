@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from leibler.errors import LeiblerError, RunError
-from leibler.measure.report import figures, run
+from leibler.measure.report import figures, run, views
 from leibler.measure.report.collect import as_number, mapping, read_run
 from leibler.measure.report.measured import Reliability, load_pair, look
 from leibler.measure.report.words import duration, number, percent, spell, unit
@@ -40,8 +40,9 @@ def sections(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             "table": _table(models),
             "matrix": _matrix(models, trained),
             "rl": _rl(mapping(content.get("rl"))),
-            "reliability": run.reliability_chart(curves) if curves else None,
+            "reliability": [views.reliability_chart([one], one.name, tall=False) for one in curves],
             "text": text,
+            "text_title": _text_title(models, mapping(content.get("text"))),
             "text_missing": text_missing,
             "broken": broken,
         },
@@ -129,7 +130,7 @@ def _rl(content: Mapping[str, Any]) -> dict[str, Any] | None:
             rows = [(when, value, percent(value)) for when, value in zip(("before", "after"), pair)]
             groups.append((_label(name), figures.bars(rows)))
         else:
-            others.append((_label(name), unit(name), *(_show(name, value) for value in pair)))
+            others.append((_label(name), unit(name), _show(name, pair[0]), _show(name, pair[1])))
     return {"bars": groups, "others": others} if groups or others else None
 
 
@@ -154,6 +155,12 @@ def _reliability(model: Mapping[str, Any]) -> Reliability | None:
     return Reliability(_name(model), confidence, accuracy, count, error if shown is None else shown)
 
 
+def _text_title(models: Sequence[Mapping[str, Any]], content: Mapping[str, Any]) -> str:
+    names = {model.get("checkpoint"): _name(model) for model in models}
+    pair = [names.get(content.get(key)) for key in ("model", "target")]
+    return "A text under two models" + ("" if None in pair else f": {pair[0]} against {pair[1]}")
+
+
 def _text(folder: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str]:
     if not content:
         return None, "Left out: the demonstration names no text."
@@ -162,7 +169,8 @@ def _text(folder: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any] | No
 
         model, target = (folder / str(content.get(key, "")) for key in ("model", "target"))
         pair = load_pair(model, target)
-        return run.text_section(look(*pair, [Record("", completion=str(content.get("text", "")))]), "the target"), ""
+        record = Record(str(content.get("prompt") or ""), completion=str(content.get("text") or ""))
+        return views.text_section(look(*pair, [record]), "the target"), ""
     except LeiblerError as error:
         return None, f"Left out: {error}"
 

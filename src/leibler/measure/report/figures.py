@@ -7,17 +7,17 @@ length with round ends; tick labels are HTML, placed in per cent. So one drawing
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from leibler.measure.report.words import number, plural
 
-MOST_POINTS = 240
+MOST_POINTS = 320
 """Points of a curve in the page; longer ones are averaged over neighbouring steps."""
 
 Kind = Literal["line", "raw", "dots", "marks", "dash", "stairs"]
@@ -118,8 +118,7 @@ def smooth(y: Sequence[float], window: int) -> list[float]:
     half = window // 2
     out = []
     for i in range(len(y)):
-        reach = min(half, i, len(y) - 1 - i)  # as many on both sides, so that the ends do not lag
-        here = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
+        here = [v for v in y[max(i - half, 0) : i + half + 1] if math.isfinite(v)]
         out.append(sum(here) / len(here) if here else math.nan)
     return out
 
@@ -134,9 +133,12 @@ def curve(
     merged = -(-len(steps) // MOST_POINTS)
     window = max(len(x) // 16, 1) | 1 if noisy and len(x) >= 24 else 1
     name = f"mean of {merged} steps" if merged > 1 else "value"
-    series = [Series(name, x, y, "line" if window == 1 else "raw", colour)]
+    spans = [steps[i : i + merged] for i in range(0, len(steps), merged)]
+    labels = [f"step {s[0]:,.0f}" if len(s) == 1 else f"steps {s[0]:,.0f} to {s[-1]:,.0f}" for s in spans]
+    series = [Series(name, x, y, "line" if window == 1 else "raw", colour, labels)]
     if window > 1:
-        series.append(Series(f"mean of {merged * window} steps", x, smooth(y, window), "line", colour))
+        around = f"mean of {merged * window} steps"
+        series.append(Series(around, x, smooth(y, window), "line", colour, labels))
     note = f"{plural(broken, 'step')} without a finite value" if broken else ""
     return chart(title, unit, series, log=log, note=note, legend=False)
 
@@ -176,8 +178,7 @@ def chart(
     if y_axis is None:
         y_axis = axis_of([v for s in series for v in s.y], log)
     drawn = Markup("").join(_drawn(s, x_axis, y_axis) for s in series)
-    percentages: Callable[[float], str] = lambda v: f"{100 * v:.4g} %"
-    show = percentages if share else _tick
+    show = _tick_percent if share else _tick
     unit = f"{unit}, logarithmic" if unit and y_axis.log else unit or ("logarithmic" if y_axis.log else "")
     grid, labels = Markup(""), Markup("")
     for value in y_axis.ticks(5 if tall else 4):
@@ -186,18 +187,16 @@ def chart(
         labels += Markup('<span class="ty" style="bottom:{}%">{}</span>').format(round(100 * at, 2), show(value))
     for value in x_axis.ticks(4):
         at = x_axis.place(value)
-        edge = " first" if at < 0.04 else " last" if at > 0.93 else ""
-        labels += Markup('<span class="tx{}" style="left:{}%">{}</span>').format(
-            edge, round(100 * at, 2), _tick(value)
-        )
+        labels += Markup('<span class="tx" style="left:{}%">{}</span>').format(round(100 * at, 2), _tick(value))
     keys = Markup("").join(
         Markup('<li><i class="k {} c{}"></i>{}</li>').format(s.kind, s.colour, s.name) for s in series if s.name
     )
     return Markup(
         '<figure class="chart{tall}"><figcaption><b>{title}</b>{unit}{note}</figcaption>'
-        '<div class="plot" tabindex="0" role="img" aria-label="{said}" data-points="{points}">'
+        '<div class="plot" tabindex="0" role="img" aria-label="{said}">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-        '<g class="grid">{grid}</g>{drawn}</svg>{labels}</div>'
+        '<g class="grid">{grid}</g>{drawn}</svg>{labels}'
+        '<script type="application/json">{points}</script></div>'
         '<div class="xt">{x_title}</div>{legend}</figure>'
     ).format(
         tall=" tall" if tall else "",
@@ -205,7 +204,7 @@ def chart(
         unit=Markup(" <span>{}</span>").format(unit) if unit else "",
         note=Markup(' <em class="warn">{}</em>').format(note) if note else "",
         said=_said(title, unit, series, x_title, share),
-        points=json.dumps(_points(series, x_axis, y_axis, x_title, share), separators=(",", ":")),
+        points=htmlsafe_json_dumps(_points(title, series, x_axis, y_axis, x_title, share), separators=(",", ":")),
         grid=grid,
         drawn=drawn,
         labels=labels,
@@ -250,7 +249,7 @@ def _drawn(series: Series, x_axis: Axis, y_axis: Axis) -> Markup:
 
 
 def _points(
-    series: Sequence[Series], x_axis: Axis, y_axis: Axis, x_title: str, share: bool
+    title: str, series: Sequence[Series], x_axis: Axis, y_axis: Axis, x_title: str, share: bool
 ) -> dict[str, object]:
     """What hovering needs: places in thousandths and texts, ready to be shown."""
 
@@ -265,8 +264,11 @@ def _points(
             if math.isfinite(y) and not (scatter and s.kind != "dots"):
                 label = s.labels[i] if s.labels else f"{x_title} {_tick(round(x, 6))}"
                 shown = y if y > 0 or not y_axis.log else y_axis.low
+                said = text(y)
+                if s.kind == "dots":  # a scatter has two numbers to read
+                    said = f"{title} {said}, {x_title.split(',')[0]} {number(x)}"
                 points.append(
-                    [round(1000 * x_axis.place(x)), round(1000 - 1000 * y_axis.place(shown)), label, index, text(y)]
+                    [round(1000 * x_axis.place(x)), round(1000 - 1000 * y_axis.place(shown)), label, index, said]
                 )
     return {"near": "xy" if scatter else "x", "names": [[s.name, s.colour] for s in named], "points": points}
 
@@ -286,8 +288,10 @@ def _said(title: str, unit: str, series: Sequence[Series], x_title: str, share: 
 def bars(rows: Sequence[tuple[str, float | None, str]], *, most: float = 1.0, colour: int = 1) -> Markup:
     """Horizontal bars with their values, of (name, value, text of the value)."""
     cells = Markup("").join(
-        Markup('<li><span class="name">{}</span><span class="bar"><i class="c{}" style="width:{}%"></i></span>'
-               '<span class="value">{}</span></li>').format(
+        Markup(
+            '<li><span class="name">{}</span><span class="bar"><i class="c{}" style="width:{}%"></i></span>'
+            '<span class="value">{}</span></li>'
+        ).format(
             name,
             colour,
             round(100 * min(max(value / most, 0.0), 1.0), 2) if value is not None and math.isfinite(value) else 0,
@@ -310,3 +314,7 @@ def _tick(value: float) -> str:
     else:
         text = f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.4g}"
     return text.replace("-", "−")
+
+
+def _tick_percent(value: float) -> str:
+    return f"{100 * value:.4g} %"

@@ -95,8 +95,8 @@ def measure(recorded: Recorded, evaluation: Mapping[str, Any] | None = None) -> 
         dataset, held_out = _data(recorded)
     except LeiblerError as error:
         reason = f"Left out: {_sentence(error)}"
-        missing = {"text": reason, "calibration": reason} | ({} if given else {"numbers": reason})
-        return replace(found, missing=missing, numbers=given)
+        missing = {"text": reason, "calibration": reason, "numbers": reason}
+        return replace(found, missing=missing, numbers=given, reliability=_reliability(evaluation or {}, what))
     found = replace(found, data=dataset.name, held_out=held_out)
     missing: dict[str, str] = {}
     texts: tuple[Text, ...] = ()
@@ -155,10 +155,10 @@ def load_pair(model: str | Path, target: str | Path, options: Mapping[str, Any] 
 
     dtype = getattr(torch, str(options.get("dtype", "float32")), torch.float32)
     trust = options.get("trust_remote_code") is True
-    pair = [CausalLM.load(source, dtype=dtype, trust_remote_code=trust) for source in (model, target)]
-    same_tokenizer(*pair, ("model", "target"))
+    one, other = (CausalLM.load(source, dtype=dtype, trust_remote_code=trust) for source in (model, target))
+    same_tokenizer(one, other, ("model", "target"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return pair[0].to(device), pair[1].to(device)
+    return one.to(device), other.to(device)
 
 
 def _models(recorded: Recorded, teacher: Any, what: str) -> tuple[CausalLM, CausalLM]:
@@ -167,7 +167,8 @@ def _models(recorded: Recorded, teacher: Any, what: str) -> tuple[CausalLM, Caus
         raise RunError(f"the run stands at step {recorded.steps} of {wanted} and has no final model yet.")
     source = teacher or recorded.run.get("student")
     if not isinstance(source, str) or source.endswith(IN_MEMORY):
-        raise ModelError(f"{what} of this run {'was' if teacher else 'were'} given in memory and {'is' if teacher else 'are'} not on disk.")
+        verb = "was" if teacher else "were"
+        raise ModelError(f"{what} of this run {verb} given in memory and left nothing on disk.")
     return load_pair(recorded.final, _place(source, recorded.path), recorded.options)
 
 
@@ -232,24 +233,17 @@ def _side(compared: Mapping[str, Any], side: str) -> dict[str, float]:
 
 
 def _reliability(compared: Mapping[str, Any], what: str) -> tuple[Reliability, ...]:
+    """The curves of what `compare` returned, as far as it holds them."""
     found = []
     for side, name in (("model", "this model"), ("target", what)):
-        bins = [part for part in compared[f"{side}/reliability"] if part["count"]]
-        found.append(
-            Reliability(
-                name,
-                tuple(part["confidence"] for part in bins),
-                tuple(part["accuracy"] for part in bins),
-                tuple(part["count"] for part in bins),
-                compared[f"{side}/calibration_error"],
-            )
-        )
+        bins = [part for part in compared.get(f"{side}/reliability", ()) if part["count"]]
+        if bins:
+            columns = ([part[key] for part in bins] for key in ("confidence", "accuracy", "count"))
+            found.append(Reliability(name, *map(tuple, columns), error=compared[f"{side}/calibration_error"]))
     return tuple(found)
 
 
-def _answers(
-    model: CausalLM, target: CausalLM, dataset: Dataset, recorded: Recorded
-) -> dict[str, dict[str, float]]:
+def _answers(model: CausalLM, target: CausalLM, dataset: Dataset, recorded: Recorded) -> dict[str, dict[str, float]]:
     from leibler.measure.models import evaluate
 
     options = recorded.options

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def render(content: Mapping[str, Any]) -> str:
         style=Markup(style),
         script_hash=digest,
         version=leibler.__version__,
-        made=datetime.now(timezone.utc).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+        made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
     )
 
 

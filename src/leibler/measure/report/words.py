@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 
 _NATS = ("KL", "Jeffreys", "JensenShannon", "Renyi", "CauchySchwarz", "Skew", "Entropy")
+SHARES = ("accuracy", "token_accuracy", "pass@", "calibration_error", "ece")
+"""How the names of metrics begin that are shown in per cent."""
 _SPELT = {
     "ForwardKL": "Forward KL",
     "ReverseKL": "Reverse KL",
@@ -35,6 +37,8 @@ _UNITS = {
     "learning_rate": "",
     "ece": "",
     "loss": "",
+    "TotalVariation": "0 to 1",
+    "Hellinger": "0 to 2",
 }
 
 

@@ -10,7 +10,7 @@
 
   // -- charts: the value nearest to the pointer, or stepped through with the arrow keys --
   function chart(plot) {
-    const data = JSON.parse(plot.dataset.points);
+    const data = JSON.parse(plot.querySelector("script").textContent);
     if (!data.points.length) return;
     const order = data.points.map((_, i) => i);
     if (data.near === "x") order.sort((a, b) => data.points[a][0] - data.points[b][0]);
@@ -55,7 +55,8 @@
     }
     plot.addEventListener("pointermove", near);
     plot.addEventListener("pointerdown", near);
-    plot.addEventListener("pointerleave", clear);
+    plot.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") clear(); });
+    document.addEventListener("pointerdown", (event) => { if (!plot.contains(event.target)) clear(); });
     plot.addEventListener("blur", clear);
     plot.addEventListener("keydown", (event) => {
       const move = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
