@@ -112,3 +112,10 @@ def test_rounding_at_the_end_of_a_block_draws_nothing_impossible() -> None:
     token, logp = invert(law.expand(len(uniform), vocab), uniform)
     assert torch.isfinite(logp).all()
     assert (token // block).tolist() == list(range(vocab // block))
+
+
+def test_rounding_at_the_end_of_the_vocabulary_draws_no_entry_beyond_it() -> None:
+    law = torch.rand(200, 1501, generator=torch.Generator().manual_seed(0))  # the last block is not a whole one
+    token, logp = invert(law, torch.full((200,), math.nextafter(1.0, 0.0), dtype=torch.float64))
+    assert (token == 1500).all()
+    assert torch.isfinite(logp).all()

@@ -52,6 +52,12 @@ def test_pickled_weights_are_never_read(directory: Path) -> None:
     assert "pickled weights only (pytorch_model.bin)" in message(directory)
 
 
+def test_other_safetensors_do_not_let_a_pickle_in(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
+    assert "cannot be loaded" in message(directory)
+
+
 def test_no_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     assert "no weights" in message(directory)
