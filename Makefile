@@ -46,7 +46,7 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/pyright
 
 bench: $(STAMP)  ## measured comparisons, both sides printed
-	@for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 soak: $(STAMP)  ## every recipe for many steps: finite, resumable, no memory growth
 	$(BIN)/python -m pytest -n $(WORKERS) -m soak $(PYTEST_ARGS)
