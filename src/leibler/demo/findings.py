@@ -13,10 +13,18 @@ def findings(rows: Sequence[Row], before: Row, after: Row, divergences: Sequence
     students = {r["name"]: r["metrics"] for r in rows if r["name"] in divergences}
     out = [_nearest(name, students) for name in divergences]
     a, b = before["metrics"]["accuracy"], after["metrics"]["accuracy"]
-    verb = "rises" if b > a else "falls" if b < a else "stays"
-    out.append(f"With rewards the accuracy of {before['name']} {verb} from {a:.1%} to {b:.1%} on held-out problems.")
-    p, q = before["metrics"]["pass@8"], after["metrics"]["pass@8"]
-    out.append(f"Its pass@8 goes from {p:.1%} to {q:.1%}: what eight samples find, one now finds more or less often.")
+    moves = (
+        f"rises from {a:.1%} to {b:.1%}"
+        if b > a
+        else f"falls from {a:.1%} to {b:.1%}"
+        if b < a
+        else f"stays at {a:.1%}"
+    )
+    out.append(
+        f"With rewards the accuracy of the {before['name']} student {moves} on held-out problems (greedy answers)."
+    )
+    one, eight = (f"from {before['metrics'][k]:.1%} to {after['metrics'][k]:.1%}" for k in ("pass@1", "pass@8"))
+    out.append(f"Its pass@1 goes {one} and its pass@8 {eight}.")
     return out
 
 
@@ -25,7 +33,9 @@ def _nearest(name: str, students: Mapping[str, Mapping[str, float]]) -> str:
     others = {other: metrics[name] for other, metrics in students.items() if other != name}
     rival = min(others, key=lambda other: others[other])
     if own <= others[rival]:
-        return f"{name}: the student trained on it is the nearest in it ({own:.4f}; next, {rival}, {others[rival]:.4f})."
+        return (
+            f"{name}: the student trained on it is the nearest in it ({own:.4f}; next, {rival}, {others[rival]:.4f})."
+        )
     excess = own / others[rival] - 1
     return (
         f"{name}: the student trained on it is NOT the nearest in it ({own:.4f}); the one trained on {rival} is, with "

@@ -38,7 +38,7 @@ class Size:
     teacher_steps: int = 400
     student_steps: int = 120
     distil_steps: int = 80
-    grpo_steps: int = 60
+    grpo_steps: int = 100
     questions: int = 256
     batch_size: int = 128
     text_rows: int = 16
@@ -50,8 +50,15 @@ class Size:
             return max(int(steps * factor), 2)
 
         return Size(
-            self.teacher, self.student, n(self.teacher_steps), n(self.student_steps), n(self.distil_steps),
-            n(self.grpo_steps), max(int(self.questions * min(factor, 1.0)), 8), self.batch_size, self.text_rows,
+            self.teacher,
+            self.student,
+            n(self.teacher_steps),
+            n(self.student_steps),
+            n(self.distil_steps),
+            n(self.grpo_steps),
+            max(int(self.questions * min(factor, 1.0)), 8),
+            self.batch_size,
+            self.text_rows,
         )
 
 
@@ -98,12 +105,24 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
     common = {"batch_size": size.batch_size, "max_new_tokens": NEW_TOKENS, "decay": "cosine", "warmup": 20}
 
     teacher = stage(
-        "teacher", f"a teacher learns {TASK} and the standard library's text", imitate, _model(size.teacher),
-        mixed, steps=size.teacher_steps, learning_rate=3e-3, **common,
+        "teacher",
+        f"a teacher learns {TASK} and the standard library's text",
+        imitate,
+        _model(size.teacher),
+        mixed,
+        steps=size.teacher_steps,
+        learning_rate=3e-3,
+        **common,
     )
     start = stage(
-        "student", "a smaller student gets a first idea of both", imitate, _model(size.student), mixed,
-        steps=size.student_steps, learning_rate=3e-3, **common,
+        "student",
+        "a smaller student gets a first idea of both",
+        imitate,
+        _model(size.student),
+        mixed,
+        steps=size.student_steps,
+        learning_rate=3e-3,
+        **common,
     )
     models = {"teacher": teacher, "student (start)": start}
     for divergence in DIVERGENCES:
@@ -116,8 +135,15 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
             Objective(Match(divergence, to=Teacher(), on="task"), Match(divergence, to=Teacher(), on="text")),
         )
         models[name] = stage(
-            name, f"the student is distilled on its own samples under {name}", on_policy, start, mixed,
-            teacher=teacher, steps=size.distil_steps, learning_rate=2e-3, **common,
+            name,
+            f"the student is distilled on its own samples under {name}",
+            on_policy,
+            start,
+            mixed,
+            teacher=teacher,
+            steps=size.distil_steps,
+            learning_rate=2e-3,
+            **common,
         )
     stage.say("measuring every student on held-out tasks and text")
     rows = [_measure(n, m, teacher, inputs, size, out) for n, m in models.items()]
@@ -127,9 +153,17 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
     from leibler import recipes
 
     reinforced = stage(
-        "grpo", f"the best student ({best}) is trained further with rewards, under a KL to itself",
-        recipes.get("grpo", group_size=8, coefficient=0.05), models[best], {"train": inputs.task},
-        steps=size.grpo_steps, batch_size=512, max_new_tokens=NEW_TOKENS, learning_rate=1.5e-4, warmup=5,
+        "grpo",
+        f"the best student ({best}) is trained further with rewards, under a KL to itself",
+        recipes.get("grpo", group_size=8, coefficient=0.05),
+        models[best],
+        {"train": inputs.task},
+        steps=size.grpo_steps,
+        batch_size=512,
+        max_new_tokens=NEW_TOKENS,
+        learning_rate=4e-4,
+        warmup=5,
+        decay="linear",
     )
     after = _measure(f"{best} + GRPO", reinforced, teacher, inputs, size, out)
     before = next(r for r in rows if r["name"] == best)
@@ -143,8 +177,10 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
         "rl": {"before": before["metrics"], "after": after["metrics"], "run": "grpo", "student": best},
         "findings": findings(rows, before, after, [type(d).__name__ for d in DIVERGENCES]),
         "text": {
-            "model": f"{best}/final", "target": "teacher/final",
-            "prompt": inputs.text_held_out[0].prompt, "text": inputs.text_held_out[0].completion,
+            "model": f"{best}/final",
+            "target": "teacher/final",
+            "prompt": inputs.text_held_out[0].prompt,
+            "text": inputs.text_held_out[0].completion,
         },
     }
     (out / "demo.json").write_text(json.dumps(summary, indent=1))
@@ -207,9 +243,7 @@ def _model(shape: tuple[int, int]) -> CausalLM:
     return tiny_llama(tokenizer, hidden=shape[0], layers=shape[1], heads=4)
 
 
-def _measure(
-    name: str, model: CausalLM, teacher: CausalLM, inputs: _Inputs, size: Size, out: Path
-) -> dict[str, Any]:
+def _measure(name: str, model: CausalLM, teacher: CausalLM, inputs: _Inputs, size: Size, out: Path) -> dict[str, Any]:
     """One row of the table: closeness to the teacher, answers, entropy and calibration, all held out."""
     from leibler.measure.models import compare, evaluate
 

@@ -31,7 +31,8 @@ class Score(Protocol):
 
 @dataclass(frozen=True)
 class ImplicitReward:
-    """``beta * f'(u)`` with ``u = policy(y|x) / reference(y|x)`` of the whole response, ``f`` the divergence's generator.
+    """``beta * f'(u)`` with ``u = policy(y|x) / reference(y|x)`` of the whole response, ``f`` the
+    divergence's generator.
 
     Solving ``max E[r] - beta D_f(policy || reference)`` for the reward gives exactly this, up to a function of the
     prompt. Reverse KL gives DPO's ``beta log u``. Divergences whose ``f'(0+)`` is finite are refused: mass may be

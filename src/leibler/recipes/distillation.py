@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from leibler.divergence import AdaptiveKL, Divergence, ForwardKL, JensenShannon, ReverseKL, SkewForwardKL
 from leibler.estimate import K2
 from leibler.objective import (
@@ -25,10 +27,11 @@ from leibler.objective import (
     Reward,
     Signal,
     Teacher,
+    Term,
     ToGo,
     Whitened,
 )
-from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score
+from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score, Source
 
 
 def sft() -> Recipe:
@@ -52,7 +55,11 @@ def gkd(divergence: Divergence = JensenShannon(0.5)) -> Recipe:
 
 
 def minillm(
-    teacher_share: float = 0.2, epochs: int = 4, minibatches: int = 1, clip: float = 0.2, start: int = 1,
+    teacher_share: float = 0.2,
+    epochs: int = 4,
+    minibatches: int = 1,
+    clip: float = 0.2,
+    start: int = 1,
     text: str | None = None,
 ) -> Recipe:
     """Knowledge Distillation of Large Language Models (2023): reverse KL of whole responses.
@@ -68,15 +75,12 @@ def minillm(
         text: the name of a data set of plain text whose likelihood is added, if any.
     """
     future = LogRatio(Teacher(), Old()) >> ToGo(start=start, per="remaining") >> Whitened()
-    roll = OnPolicy(sampler=Arithmetic({Old(): 1 - teacher_share, Teacher(): teacher_share}))
     terms = (
-        PolicyGradient(future, Clip(clip, anchor=Behaviour()), on="roll"),
-        Match(ReverseKL(), to=Teacher(), weight=Importance(Policy(), Behaviour(), most=5.0), on="roll"),
+        PolicyGradient(future, Clip(clip, anchor=Behaviour())),
+        Match(ReverseKL(), to=Teacher(), weight=Importance(Policy(), Behaviour(), most=5.0)),
     )
-    if text is None:
-        return Recipe(Mixture(roll=roll), Objective(*terms), Schedule(minibatches, epochs))
-    source = Mixture(roll=roll, text=Data(text))
-    return Recipe(source, Objective(*terms, Imitate(on="text")), Schedule(minibatches, epochs))
+    source = OnPolicy(sampler=Arithmetic({Old(): 1 - teacher_share, Teacher(): teacher_share}))
+    return _beside_text(text, source, terms, Schedule(minibatches, epochs))
 
 
 def distillm(lam: float = 0.1, capacity: int = 1000, text: str | None = None) -> Recipe:
@@ -87,11 +91,16 @@ def distillm(lam: float = 0.1, capacity: int = 1000, text: str | None = None) ->
         capacity: responses that the replay buffer holds.
         text: the name of a data set of plain text whose likelihood is added, if any.
     """
-    main = Adaptive(Data(), OnPolicy(), capacity=capacity)
-    match = Match(SkewForwardKL(lam), to=Teacher(), on="main")
+    source = Adaptive(Data(), OnPolicy(), capacity=capacity)
+    return _beside_text(text, source, (Match(SkewForwardKL(lam), to=Teacher()),), Schedule())
+
+
+def _beside_text(text: str | None, source: Source, terms: tuple[Term, ...], schedule: Schedule) -> Recipe:
+    """The recipe itself or, with a data set of plain text, with the likelihood of that text added."""
     if text is None:
-        return Recipe(Mixture(main=main), Objective(match))
-    return Recipe(Mixture(main=main, text=Data(text)), Objective(match, Imitate(on="text")))
+        return Recipe(source, Objective(*terms), schedule)
+    both = Mixture(main=source, text=Data(text))
+    return Recipe(both, Objective(*(replace(t, on="main") for t in terms), Imitate(on="text")), schedule)
 
 
 def akl(head_mass: float = 0.5) -> Recipe:
@@ -105,7 +114,9 @@ def akl(head_mass: float = 0.5) -> Recipe:
 
 
 def kdrl(
-    group_size: int = 8, clip: float = 0.2, coefficient: Signal | float = Linear(5e-3, 1e-3, steps=200),
+    group_size: int = 8,
+    clip: float = 0.2,
+    coefficient: Signal | float = Linear(5e-3, 1e-3, steps=200),
     guided: bool = False,
 ) -> Recipe:
     """KDRL (2025): GRPO joined with on-policy distillation by the reverse KL.
@@ -119,7 +130,11 @@ def kdrl(
         Objective(
             PolicyGradient(Reward() >> GroupNormalised(), Clip(clip)),
             Match(
-                ReverseKL(), to=Teacher(), estimator=K2(), coefficient=coefficient, weight=~GroupAny() if guided else 1.0
+                ReverseKL(),
+                to=Teacher(),
+                estimator=K2(),
+                coefficient=coefficient,
+                weight=~GroupAny() if guided else 1.0,
             ),
         ),
     )

@@ -56,11 +56,17 @@ def grpo(
 
 
 def ppo(
-    clip: float = 0.2, decay: float = 0.95, target: float = 6.0, initial: float = 0.1, horizon: float = 10_000.0,
-    minibatches: int = 4, epochs: int = 4, value_coefficient: float = 0.5,
+    clip: float = 0.2,
+    decay: float = 0.95,
+    target: float = 6.0,
+    initial: float = 0.1,
+    horizon: float = 10_000.0,
+    minibatches: int = 4,
+    epochs: int = 4,
+    value_coefficient: float = 0.5,
 ) -> Recipe:
-    """Proximal Policy Optimization (2017), with the KL to the reference inside the reward and a controller that holds it
-    near a target: Fine-Tuning Language Models from Human Preferences (2019).
+    """Proximal Policy Optimization (2017), with the KL to the reference inside the reward and a controller that
+    holds it near a target: Fine-Tuning Language Models from Human Preferences (2019).
 
     Args:
         clip: half-width of the ratio's region.

@@ -29,9 +29,7 @@ def f_dpo(divergence: Divergence = JensenShannon(0.5), beta: float = 0.1, clip: 
     return Recipe(Data(), Objective(Preference(ImplicitReward(divergence, beta, clip=clip))))
 
 
-def inpo(
-    eta: float = 0.0075, tau: float = 0.0025, group_size: int = 8, steps_per_round: int = 100
-) -> Recipe:
+def inpo(eta: float = 0.0075, tau: float = 0.0025, group_size: int = 8, steps_per_round: int = 100) -> Recipe:
     """Iterative Nash Policy Optimization (2024): self-play towards the Nash policy of a judge.
 
     Each round regresses the policy's log-ratio of a better to a worse own response, relative to a geometric mixture of
@@ -44,7 +42,9 @@ def inpo(
         steps_per_round: optimiser steps between renewals of the previous policy.
     """
     if tau > eta:
-        raise RecipeError(f"tau={tau} must be at most eta={eta}: the previous policy's weight 1 - tau / eta is negative.")
+        raise RecipeError(
+            f"tau={tau} must be at most eta={eta}: the previous policy's weight 1 - tau / eta is negative."
+        )
     share = tau / eta
     law = Geometric(reference=share, previous=1 - share)
     return Recipe(

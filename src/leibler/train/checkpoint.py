@@ -25,7 +25,11 @@ VERSION = 1
 
 
 def save(
-    folder: Path, step: int, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, state: Mapping[str, Any],
+    folder: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
     """Write ``folder/step-N`` atomically; older checkpoints beyond ``keep`` are removed afterwards."""

@@ -114,7 +114,9 @@ def fit(
             _remove_empty(out)
         raise
     if not resume:
-        setup.write_run_file(out, _description(origin, student, teacher, models, data, validation, out, options, trainer))
+        setup.write_run_file(
+            out, _description(origin, student, teacher, models, data, validation, out, options, trainer)
+        )
     return trainer.run()
 
 
@@ -414,7 +416,7 @@ class _Trainer:
         for signal_ in self.stateful:
             self.states[signal_] = signal_.observe(self.states[signal_], event)
 
-    # ---- saving --------------------------------------------------------------------------------------------------------
+    # ---- saving ---------------------------------------------------------------------------------------------------
 
     def _saved_modules(self) -> dict[str, torch.nn.Module]:
         moving = {n: self.models[n] for n, r in self.recipe.models.items() if r.moves and n in self.models}

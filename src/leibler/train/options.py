@@ -17,8 +17,8 @@ class Options:
         batch_size: sequences in an optimiser batch (over all processes).
         micro_batch_size: sequences in a forward pass; None: as many as 16,384 tokens allow. Changes no number but
             rounding.
-        learning_rate, warmup, decay, weight_decay, beta1, beta2, max_grad_norm: of AdamW; ``warmup`` in steps, ``decay``
-            to zero over the run by a line or a cosine, or not at all.
+        learning_rate, warmup, decay, weight_decay, beta1, beta2, max_grad_norm: of AdamW; ``warmup`` in steps,
+            ``decay`` to zero over the run by a line or a cosine, or not at all.
         max_new_tokens, temperature: of sampled responses; every log-prob is taken at this temperature.
         seed: all randomness is derived from it.
         save_every: optimiser steps between checkpoints (0: only when interrupted); ``keep`` newest stay.

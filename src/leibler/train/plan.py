@@ -151,7 +151,9 @@ def _exactness(recipe: Recipe) -> list[str]:
         )
     for _, owner in recipe.objective.walk():
         if isinstance(owner, InReward):
-            line = f"ReverseKL({_short(owner.to)}) inside the reward: k1, unbiased for whole responses with returns to go"
+            line = (
+                f"ReverseKL({_short(owner.to)}) inside the reward: k1, unbiased for whole responses with returns to go"
+            )
             out += [line] if line not in out else []
     return out or ["no divergence is matched"]
 

@@ -173,7 +173,7 @@ class Recipe:
 
     def handles(self) -> set[Handle]:
         """Every model that some part reads."""
-        found = {h for h in self.source.handles()}
+        found = set(self.source.handles())
         for need in self.needs():
             if isinstance(need, LogProb):
                 found.add(need.of)

@@ -178,7 +178,12 @@ def _rows(
         )
     tokens, attention, mask = right_pad(items)
     return Rows(
-        tokens, attention, mask, torch.tensor(group), torch.tensor(role), records=list(records),
+        tokens,
+        attention,
+        mask,
+        torch.tensor(group),
+        torch.tensor(role),
+        records=list(records),
         texts=[context.policy.decode(c) for _, c in items],
     )
 
@@ -334,7 +339,7 @@ class Mixture(Source):
 
 @dataclass(frozen=True)
 class RaiseOnWorse:
-    """The share ``phi`` of model-written rows, raised by ``by`` whenever a validation metric got worse by ``tolerance``.
+    """The share ``phi`` of model-written rows, raised by ``by`` when a validation metric got worse by ``tolerance``.
 
     The metric is compared with its value at the last raise, which therefore never improves; so the paper's code has it.
     Source: DistiLLM (2024).
@@ -424,4 +429,3 @@ def _unpack(items: Sequence[State], context: Context) -> Rows:
     pairs = [(item["tokens"][: item["start"]], item["tokens"][item["start"] :]) for item in items]
     records = [Record(item["prompt"]) for item in items]
     return _rows(pairs, list(range(len(items))), [SAMPLE] * len(items), records, context)
-
