@@ -93,7 +93,7 @@ def commands(recorded: Recorded) -> dict[str, Any]:
     quoted = shlex.quote(str(folder))
     given = [v for v in given if isinstance(v, str) and not v.startswith(("task:", "corpus:"))]
     return {
-        "relative": any(v.startswith(".") or v.count("/") > 1 and not v.startswith(("/", "~")) for v in given),
+        "relative": any(v.startswith(".") or (v.count("/") > 1 and not v.startswith(("/", "~"))) for v in given),
         "original": str(run.get("command") or ""),
         "repeat": f"leibler train {shlex.quote(str(folder / 'run.yaml'))} out={shlex.quote(f'{folder}-repeat')}",
         "resume": "" if finished else f"leibler train --resume {quoted}",

@@ -92,7 +92,7 @@ def measured_section(measured: Measured) -> dict[str, Any]:
         "rows": rows,
         "has_target": bool(numbers.get("target")),
         "reliability": reliability_chart(measured.reliability) if measured.reliability else None,
-        "missing": measured.missing,
+        "missing": {"calibration": "", "numbers": "", **measured.missing},
     }
 
 
