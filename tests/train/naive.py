@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train.conformance import STEP, TEMPERATURE, Case, Prepared
 
 from leibler.objective import Rows
 from leibler.policy import CausalLM
+from train.conformance import STEP, TEMPERATURE, Case, Prepared
 
 
 @dataclass

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from train import naive
-from train.conformance import Case, Prepared, case, distance, gradient, prepare, ready, scored, size
 
 from leibler import recipes
 from leibler.divergence import ForwardKL
 from leibler.objective import Objective, Output, Rows, View
 from leibler.objective.terms import Term
 from leibler.train import MuteEqual, Recipe
+from train import naive
+from train.conformance import Case, Prepared, case, distance, gradient, prepare, ready, scored, size
 
 VARIANTS = [
     case("kd", imitate=0.5),
