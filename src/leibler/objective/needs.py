@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from leibler.divergence.rows import Functional
@@ -43,7 +44,8 @@ class Output(Need):
 
 
 def sampled_needs(target: Target) -> tuple[LogProb, ...]:
-    """The log-probs that the sampled level of a target reads."""
+    """The log-probs that the sampled level of a target reads; raises `RecipeError` for a target that has none."""
+    target.sampled(lambda handle: torch.zeros(1))
     return tuple(LogProb(h) for h in target.handles)
 
 

@@ -103,7 +103,7 @@ class Rows:
         used = attention.any(dim=0).nonzero()
         length = int(used.max()) + 1 if len(used) else 1
         time = max(length - 1, 0)
-        picks = index.tolist()
+        picks: list[int] = index.tolist()
         return Rows(
             self.tokens[index, :length],
             attention[:, :length],

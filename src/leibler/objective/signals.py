@@ -24,8 +24,8 @@ from leibler.objective.targets import Behaviour, Handle, Policy, Target
 
 Reach = Literal["token", "sequence", "group", "batch"]
 Clock = Literal["rollout", "step", "previous"]
-_ORDER = ("batch", "group", "sequence", "token")
-_CLOCKS = ("rollout", "previous", "step")
+_ORDER: tuple[Reach, ...] = ("batch", "group", "sequence", "token")
+_CLOCKS: tuple[Clock, ...] = ("rollout", "previous", "step")
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,11 @@ class _Combined(Signal):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
-        return max((s.reach for s in self.parts()), key=_ORDER.index)
+        return _ORDER[max(_ORDER.index(s.reach) for s in self.parts())]
 
     @property
     def clock(self) -> Clock:  # type: ignore[override]
-        return max((s.clock for s in self.parts()), key=_CLOCKS.index)
+        return _CLOCKS[max(_CLOCKS.index(s.clock) for s in self.parts())]
 
     def needs(self) -> tuple[Need, ...]:
         return tuple(n for s in self.parts() for n in s.needs())

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from leibler.divergence.rows import LOG2E
 from leibler.errors import RecipeError
 
 Lookup = Callable[["Handle"], Tensor]
@@ -116,8 +117,8 @@ class LogLinear(Target):
     """``prod_k target_k ** c_k``, normalised at each token when the whole vocabulary is at hand.
 
     At the sampled level the product cannot be normalised: gradients of ``K2`` are unaffected, values shift by log Z.
-    ``clip`` bounds each log-ratio of a pair of opposite signs (extrapolation blows up on tokens that a negatively
-    weighted model finds rare).
+    ``clip`` bounds the log-ratio of each other model to the first, in nats (extrapolation blows up on tokens that a
+    negatively weighted model finds rare).
 
     Example:
         >>> LogLinear({Teacher(): 1.25, Reference(): -0.25}).handles
@@ -128,7 +129,9 @@ class LogLinear(Target):
     clip: float | None = None
     normalised: ClassVar[bool] = False
 
-    def __init__(self, parts: Mapping[Target | str, float], clip: float | None = None) -> None:
+    def __init__(
+        self, parts: Mapping[Target | str, float] | tuple[tuple[Target, float], ...], clip: float | None = None
+    ) -> None:
         object.__setattr__(self, "parts", _pairs(parts))
         object.__setattr__(self, "clip", clip)
         if not self.parts:
@@ -139,40 +142,52 @@ class LogLinear(Target):
         return tuple(h for part, _ in self.parts for h in part.handles)
 
     def sampled(self, logp: Lookup) -> Tensor:
-        return self._sum([part.sampled(logp) for part, _ in self.parts])
+        return self._sum([part.sampled(logp) for part, _ in self.parts], 1.0)
 
     @property
     def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
-        return lambda leaves: self._sum(_rows_of(self.parts, leaves))
+        return lambda leaves: self._sum(_rows_of(self.parts, leaves), LOG2E)
 
-    def _sum(self, logs: list[Tensor]) -> Tensor:
+    def _sum(self, logs: list[Tensor], unit: float) -> Tensor:
         coefficients = [c for _, c in self.parts]
         if self.clip is None:
             return sum((c * x for c, x in zip(coefficients[1:], logs[1:], strict=True)), coefficients[0] * logs[0])
         # first ** (sum c) * prod (other / first) ** c, each log-ratio bounded.
         total = sum(coefficients) * logs[0]
         for c, x in zip(coefficients[1:], logs[1:], strict=True):
-            total = total + c * (x - logs[0]).clamp(-self.clip, self.clip)
+            total = total + c * (x - logs[0]).clamp(-self.clip * unit, self.clip * unit)
         return total
 
 
 @dataclass(frozen=True)
 class Arithmetic(Target):
-    """``sum_k w_k target_k``: a mixture of laws, token by token (weights sum to 1)."""
+    """``sum_k w_k target_k``: a mixture of laws, token by token (weights sum to 1).
+
+    Parts that are only known up to a constant are normalised where the whole vocabulary is at hand; from sampled tokens
+    such a mixture cannot be told.
+    """
 
     parts: tuple[tuple[Target, float], ...]
 
-    def __init__(self, parts: Mapping[Target | str, float]) -> None:
+    def __init__(self, parts: Mapping[Target | str, float] | tuple[tuple[Target, float], ...]) -> None:
         object.__setattr__(self, "parts", _pairs(parts))
         total = sum(w for _, w in self.parts)
         if abs(total - 1) > 1e-9 or any(w < 0 for _, w in self.parts):
             raise RecipeError(f"the weights of Arithmetic must be positive and sum to 1, not {total:g}.")
 
     @property
+    def normalised(self) -> bool:  # type: ignore[override]
+        return all(part.normalised for part, _ in self.parts)
+
+    @property
     def handles(self) -> tuple[Handle, ...]:
         return tuple(h for part, _ in self.parts for h in part.handles)
 
     def sampled(self, logp: Lookup) -> Tensor:
+        if not self.normalised:
+            raise RecipeError(
+                "a mixture of laws without their normaliser cannot be told from sampled tokens; use Exact()."
+            )
         logs = [part.sampled(logp) for part, _ in self.parts]
         weights = torch.tensor([w for _, w in self.parts], dtype=logs[0].dtype, device=logs[0].device).log()
         return torch.logsumexp(torch.stack(logs) + weights[:, None], dim=0)
@@ -218,10 +233,13 @@ class Geometric:
     another law with other preference margins. Not a token target, and never turned into one.
     """
 
-    parts: tuple[tuple[Handle, float], ...]
+    parts: tuple[tuple[Target, float], ...]
 
-    def __init__(self, parts: Mapping[Handle | str, float] | None = None, **named: float) -> None:
-        pairs = _pairs({**(parts or {}), **{Handle(n): w for n, w in named.items()}})
+    def __init__(
+        self, parts: Mapping[Target | str, float] | tuple[tuple[Target, float], ...] = (), **named: float
+    ) -> None:
+        given = parts if isinstance(parts, tuple) else _pairs(parts or {})
+        pairs = given + _pairs({Handle(n): w for n, w in named.items()})
         object.__setattr__(self, "parts", pairs)
         if abs(sum(w for _, w in pairs) - 1) > 1e-9:
             raise RecipeError("the weights of Geometric must sum to 1.")
