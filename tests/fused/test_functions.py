@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -210,6 +211,23 @@ def test_a_shared_leaf_is_multiplied_once() -> None:
     assert products.count == 23 * 13 * (6 + 12)
 
 
+def test_heads_that_differ_in_one_part_alone_are_not_shared() -> None:
+    model, target, _ = heads()
+    leaf = target.leaves[0]
+    assert leaf.bias is not None
+    others = [
+        leaf,
+        replace(leaf, hidden=leaf.hidden.flip(0)),
+        replace(leaf, weight=leaf.weight.flip(0)),
+        replace(leaf, bias=leaf.bias.flip(0)),
+        replace(leaf, temperature=1.1),
+        replace(model, temperature=1.1),
+    ]
+    values = functionals(model, [Want(Reverse, k) for k in range(6)], [TargetRows((head,)) for head in others])
+    lp = dense_logp(model)
+    assert_close(values, torch.stack([reverse(lp, dense_logp(head), None) for head in others]), 1e-12)
+
+
 @pytest.mark.parametrize("frozen", ["", "head", "hidden", "all"])
 @pytest.mark.parametrize("engine", ["functionals", "one_pass"])
 def test_no_product_is_computed_for_what_is_frozen(frozen: str, engine: str) -> None:
@@ -394,14 +412,18 @@ def test_garbage_in_tokens_of_coefficient_zero_changes_nothing(engine: str) -> N
     assert dirty[0][off].abs().max() == 0
 
 
-def test_large_and_small_coefficients_survive_half_precision() -> None:
-    """Coefficients of 1e-6 (one over many tokens) lie below float16: the row scale keeps them out of the products."""
-    model, target, token = heads(dtype=torch.float16)
+def test_coefficients_too_small_for_half_precision_are_kept_out_of_the_products() -> None:
+    """One over many tokens lies below the smallest float16, and so would the scaled hidden states."""
+    model, target, _ = heads(n=4000, dtype=torch.float16, bias=False)
+    with torch.no_grad():
+        model.hidden.abs_()
+    wants = [Want(Reverse, 0)]
     plain, tiny = (
-        grads(one_pass(model, FOUR, [target], lambda v, i, s=s: s * v.sum(0), token=token)[0], model)
-        for s in (1.0, 1e-4)
+        torch.autograd.grad(one_pass(model, wants, [target], lambda v, i, s=s: s * v[0])[0], model.weight)[0]
+        for s in (1e-2, 1e-8)
     )
-    assert_close([g.float() * 1e4 for g in tiny[1:]], [g.float() for g in plain[1:]], 2e-2)
+    assert torch.tensor(1e-8, dtype=torch.float16) == 0
+    assert_close(tiny.float() * 1e6, plain.float(), 2e-2)
 
 
 def test_autocast_multiplies_in_half_precision_and_stays_close() -> None:
@@ -415,6 +437,16 @@ def test_autocast_multiplies_in_half_precision_and_stays_close() -> None:
     got = grads(values.sum(), model)
     assert all(g.dtype == torch.float32 for g in got)
     assert_close(got, grads(expected.sum(), model), 0.1)
+
+
+def test_row_blocks_do_not_run_under_autocast() -> None:
+    """A functional that multiplies matrices of its own must not be rounded to half precision."""
+    model, target, _ = heads(dtype=torch.float32, vocab=40)
+    gram = ByAutograd(lambda lp, lq, token: (lp[:, None] @ lp[:, :, None])[:, 0, 0].sqrt())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (values,) = functionals(model, [Want(gram, 0)], [target])
+        lp = functionals(model, [Want(ByAutograd(lambda lp, lq, t, k=k: lp[:, k]), 0) for k in range(40)], [target])
+    assert_close(values.detach(), lp.detach().square().sum(0).sqrt(), 1e-5)
 
 
 def test_one_pass_refuses_a_loss_with_parameters_of_its_own() -> None:

@@ -97,8 +97,7 @@ def linear_divergence(
     scale = weight if weight is not None else torch.ones((), device=model_hidden.device).expand(model.tokens)
     scale = scale.to(torch.float64)
     if reduction == "mean":
-        mass = scale.sum()
-        scale = scale / torch.where(mass == 0, 1, mass)
+        scale = scale / scale.sum()
     total, _ = one_pass(model, [want], targets, lambda values, index: values[0] * scale[index].to(values), vocab=vocab)
     return total
 
