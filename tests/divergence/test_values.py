@@ -76,7 +76,8 @@ def test_float32_is_close_to_the_definition(divergence: Divergence, distance: fl
     value, gradient = with_gradient(divergence, model.float(), target.float())
     wanted, wanted_gradient = brute_with_gradient(divergence, model, target)
     assert value.dtype == torch.float32
-    assert relative(value, wanted) < 6e-5
+    rounding = 4 * torch.finfo(torch.float32).eps * max(model.abs().max().item(), target.abs().max().item())
+    assert ((value - wanted).abs() <= 1e-5 * wanted + rounding).all()
     assert relative(gradient, wanted_gradient) < 6e-5
 
 
@@ -232,8 +233,8 @@ def test_adaptive_gradient_holds_its_weights_constant() -> None:
     assert same.item() == 0.0
 
 
-def test_adaptive_head_may_be_larger_than_the_first_look() -> None:
-    target, model = draw(26, 3, 1000, scale=0.1), draw(27, 3, 1000)
+def test_adaptive_head_may_be_larger_than_the_first_looks() -> None:
+    target, model = draw(26, 3, 5000, scale=0.1), draw(27, 3, 5000)
     target[1] *= 60  # a peaked row beside flat ones
     torch.testing.assert_close(AdaptiveKL()(model, target), brute(AdaptiveKL(), model, target))
 

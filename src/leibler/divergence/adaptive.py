@@ -15,8 +15,8 @@ from leibler.divergence.pair import pair
 from leibler.divergence.rows import Row
 from leibler.errors import RecipeError
 
-FIRST = 64
-"""The head is looked for among this many largest entries first; few rows need more, and a full sort is slow."""
+LOOKS = (64, 1024)
+"""The head is looked for among this many largest entries first: few rows need more, and a full sort is slow."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,17 @@ def _head_and_tail(
     ranked: Row, other: Row, head_mass: float
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """The head's and the tail's part of ``sum |p - q|``; both 1/2 where that sum is 0."""
-    mass = ranked.p
+    mass, vocab = ranked.p, ranked.p.shape[-1]
     gap = (mass - other.p).abs_()
-    head, complete = _split_head(mass, gap, head_mass, min(FIRST, mass.shape[-1]))
+    head, complete = _split_head(mass, gap, head_mass, min(LOOKS[0], vocab))
     tail = gap.sum(dim=-1)
-    if not bool(complete.all()):
-        # The first look has set entries of the head to 0 in these rows: their gaps are made again.
+    for count in (*LOOKS[1:], vocab):
+        if bool(complete.all()):
+            break
+        # The look before has set part of the head to 0 in these rows: their gaps are made again.
         rest = (~complete).nonzero().squeeze(-1)
         again = (mass[rest] - other.p[rest]).abs_()
-        head[rest] = _split_head(mass[rest], again, head_mass, mass.shape[-1])[0]
+        head[rest], complete[rest] = _split_head(mass[rest], again, head_mass, min(count, vocab))
         tail[rest] = again.sum(dim=-1)
     total = head + tail
     silent, scale = total == 0.0, total.clamp(min=torch.finfo(total.dtype).tiny)

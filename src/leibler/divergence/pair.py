@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leibler.divergence.rows import FLOOR, LN2, LOG2E, Row
 
-SMALL_KL = 0.5
+SMALL_KL = 0.1
 """Below this many nats the KL is computed again in its centred form, which keeps relative accuracy down to 0."""
 EXTREME = 60.0
 """Log-ratios beyond this would overflow ``expm1`` in float32; such entries take the direct form."""

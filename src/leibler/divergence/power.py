@@ -25,7 +25,7 @@ LIMIT = 1e-6
 """Orders this close to 0 or 1 are the KL divergences."""
 BAND = 1e-2
 """Orders this close to 0 or 1 take S - 1 as a mean of ``expm1``, since dividing log S by a tiny number loses digits."""
-SMALL = 0.02
+SMALL = 0.01
 """|log S| below this is computed again from log-ratios, without any term of first order."""
 
 
