@@ -147,7 +147,7 @@ def minillm(
     minibatches: int = 1,
     clip: float = 0.2,
 ) -> Tensor:
-    roll = t["roll"]
+    roll = t["main"]
     law, teacher = roll.law(roll.made.policy), roll.law(roll.made.models["teacher"]).detach()
     logp = roll.taken(law)
     with torch.no_grad():

@@ -330,7 +330,8 @@ class Engine:
     def _counts(self, views: Mapping[str, View]) -> dict[int, float]:
         """Each term's denominator over the optimiser batch of all processes."""
         terms = self.recipe.objective.terms
-        local = [t.count(views[t.on].rows) if t.on in views and len(views[t.on].rows) else 0.0 for t in terms]
+        streams = [views.get(t.on or "") for t in terms]
+        local = [t.count(v.rows) if v and len(v.rows) else 0.0 for t, v in zip(terms, streams, strict=True)]
         total = self.reduce(torch.tensor(local, dtype=torch.float64, device=self.device)).tolist()
         return {id(t): max(c, 1e-12) for t, c in zip(terms, total, strict=True)}
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,6 +15,7 @@ from leibler.objective.rows import Rows, View
 from leibler.objective.signals import Signal, StepEnd, Validation
 from leibler.train import checkpoint, setup
 from leibler.train.engine import Engine, Step
+from leibler.train.interrupt import interruptible
 from leibler.train.log import Lines, Progress
 from leibler.train.models import Trained, resolve
 from leibler.train.options import Options
@@ -26,6 +24,8 @@ from leibler.train.sources import Context
 from leibler.train.validation import validate
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from leibler.data import Dataset
     from leibler.policy import CausalLM
 
@@ -111,12 +111,11 @@ def fit(
         trainer = _Trainer(recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet)
     except BaseException:
         if not resume and out.is_dir() and not any(p for p in out.rglob("*") if p.is_file()):
-            _remove_empty(out)
+            setup.remove_empty(out)
         raise
     if not resume:
-        setup.write_run_file(
-            out, _description(origin, student, teacher, models, data, validation, out, options, trainer)
-        )
+        given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
+        setup.write_run_file(out, origin or {"recipe": "custom"}, given, options, trainer.recipe, trainer.data)
     return trainer.run()
 
 
@@ -182,7 +181,7 @@ class _Trainer:
             micro_rows=options.micro_batch_size,
             seed=options.seed,
             backward=self.accelerator.backward,
-            reduce=(lambda x: self.accelerator.reduce(x, "sum")) if world > 1 else None,
+            reduce=_summed(self.accelerator) if world > 1 else None,
             world=world,
         )
         self.step = self.draw = 0
@@ -208,7 +207,7 @@ class _Trainer:
         progress = Progress(self.options.steps, quiet=self.quiet or not self.main, done=self.step)
         empty = 0
         try:
-            with self._interruptible():
+            with interruptible(self._request_stop):
                 while self.step < self.options.steps and not self.stop:
                     self._refresh_rounds()
                     drawn = self._draw()
@@ -306,7 +305,7 @@ class _Trainer:
         parameters = [p for g in self.raw_optimizer.param_groups for p in g["params"]]
         norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
         self.optimizer.step()
-        result.metrics["grad_norm"] = float(norm)
+        result.metrics["grad_norm"] = 0.0 if norm is None else float(norm)
         result.metrics["learning_rate"] = rate
         for name, rule in self.recipe.models.items():
             if not isinstance(rule, Trained) and rule.due(self.step + 1, 0):
@@ -358,6 +357,13 @@ class _Trainer:
         total, count = self.engine.reduce(pair).tolist()
         return total / max(count, 1.0)
 
+    def _request_stop(self) -> bool:
+        """The first request ends the run after the current draw; False for a second one."""
+        first, self.stop = not self.stop, True
+        if first:
+            self._say("stopping after this draw and saving; once more to stop at once without saving")
+        return first
+
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
@@ -392,7 +398,7 @@ class _Trainer:
             self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
         if given is not None:
             needs = ("prompt", "completion") if listens else ("prompt",)
-            return setup.usable(given, needs, policy, self.options, self.out / "set_aside" / "validation.jsonl")
+            return setup.usable(given, needs, policy, self.options, self.out / setup.ASIDE / "validation.jsonl")
         if not listens:
             return None
         # It was given none: a twentieth of the data.
@@ -457,25 +463,9 @@ class _Trainer:
             file.cut(state["lengths"][file.path.name])
         self.saved_at = self.step
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C (or a TERM signal) ends the run after the current draw; the second ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def handle(number: int, _: Any) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            self._say("stopping after this draw and saving; once more to stop at once without saving")
-
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _summed(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: cast(torch.Tensor, accelerator.reduce(x, "sum"))
 
 
 def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:
@@ -485,43 +475,3 @@ def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:
         if signal_.init() is not None:
             found.setdefault(signal_, owner)
     return found
-
-
-def _remove_empty(out: Path) -> None:
-    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
-        folder.rmdir()
-    out.rmdir()
-
-
-def _description(
-    origin: Mapping[str, Any] | None,
-    student: Any,
-    teacher: Any,
-    models: Mapping[str, Any] | None,
-    data: Any,
-    validation: Any,
-    out: Path,
-    options: Options,
-    trainer: _Trainer,
-) -> dict[str, Any]:
-    from leibler.train.plan import describe
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, (str, Path)):
-            return None if value is None else str(value)
-        if isinstance(value, Mapping):
-            return {k: plain(v) for k, v in value.items()}
-        return getattr(value, "name", None) or f"<{type(value).__name__} given in memory>"
-
-    return {
-        **(origin or {"recipe": "custom"}),
-        "student": plain(student),
-        "teacher": plain(teacher),
-        "models": plain(dict(models or {})),
-        "data": plain(data),
-        "validation": plain(validation),
-        "out": str(out),
-        "options": asdict(options),
-        "data_hashes": {name: d.content_hash for name, d in trainer.data.items()},
-        "description": describe(trainer.recipe),
-    }

@@ -83,15 +83,17 @@ class Recipe:
         self._check_modules()
 
     def _bind(self, term: Term, streams: Mapping[str, Origin]) -> Term:
-        if term.on is None:
+        on = term.on
+        if on is None:
             if len(streams) > 1:
                 raise RecipeError(f"the term {term.name} must say which stream it is on: {', '.join(streams)}.")
-            term = replace(term, on=next(iter(streams)))
-        if term.on not in streams:
-            raise RecipeError(f"the term {term.name} is on {term.on!r}, but the source has {', '.join(streams)}.")
-        law = streams[term.on].law
+            on = next(iter(streams))
+            term = replace(term, on=on)
+        if on not in streams:
+            raise RecipeError(f"the term {term.name} is on {on!r}, but the source has {', '.join(streams)}.")
+        law = streams[on].law
         if isinstance(term, Match) and not term.exact:
-            term = self._bind_sampler(term, streams[term.on])
+            term = self._bind_sampler(term, streams[on])
         if isinstance(term, PolicyGradient) and law not in (None, Old()) and term.surrogate.anchor == Old():
             raise RecipeError(
                 f"the ratio of the policy gradient on {term.on!r} is taken to the old policy, but its responses are "
@@ -140,6 +142,7 @@ class Recipe:
                 f"credit={term.credit!r} needs responses sampled from the policy itself, and a target other than it; "
                 "use OnPolicy() without a sampler, or credit='token'."
             )
+        assert term.sampled_from is not None
         if term.credit == "token":
             check(term.divergence, term.estimator, term.sampled_from, target_normalised=term.to.normalised)
         return term

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from leibler.policy import CausalLM
 
 RUN_FILE = "run.yaml"
+ASIDE = "set_aside"
+COMMANDS = ("leibler", "__main__.py")
 
 
 def claim_directory(out: Path, *, resume: bool) -> None:
@@ -33,26 +35,55 @@ def claim_directory(out: Path, *, resume: bool) -> None:
         return
     if out.is_file():
         raise RunError(f"out={out} is a file; give a directory.")
-    if out.exists() and any(out.iterdir()):
+    # Rows that an earlier, refused attempt set aside are no run.
+    if out.exists() and any(p.name != ASIDE for p in out.iterdir()):
         what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
         raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
     out.mkdir(parents=True, exist_ok=True)
 
 
-def write_run_file(out: Path, description: Mapping[str, Any]) -> None:
+def remove_empty(out: Path) -> None:
+    """Remove a directory tree that holds no file: what a refused run leaves behind."""
+    for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
+        folder.rmdir()
+    out.rmdir()
+
+
+def write_run_file(
+    out: Path,
+    origin: Mapping[str, Any],
+    given: Mapping[str, Any],
+    options: Options,
+    recipe: Recipe,
+    data: Mapping[str, Dataset],
+) -> None:
     """``run.yaml``: everything needed to repeat the run."""
     import yaml
 
+    from leibler.train.plan import describe
+
     packages = ("leibler", "torch", "transformers", "accelerate", "datasets", "peft")
     whole = {
-        **description,
+        **origin,
+        **{name: _plain(value) for name, value in given.items()},
+        "out": str(out),
+        "options": asdict(options),
+        "data_hashes": {name: dataset.content_hash for name, dataset in data.items()},
+        "description": describe(recipe),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
         "threads": torch.get_num_threads(),
-        "command": shlex.join(["leibler", *sys.argv[1:]])
-        if Path(sys.argv[0]).name in ("leibler", "__main__.py")
-        else "",
+        "command": shlex.join(["leibler", *sys.argv[1:]]) if Path(sys.argv[0]).name in COMMANDS else "",
     }
     (out / RUN_FILE).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    """Paths and specifications as text; what was given in memory, by what it is."""
+    if value is None or isinstance(value, (str, Path)):
+        return None if value is None else str(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return getattr(value, "name", None) or f"<{type(value).__name__} given in memory>"
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
@@ -126,7 +157,7 @@ def load_data(
             raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
         labels = ("chosen", "rejected") if name in pairs else ("completion",)
         needs = ("prompt",) if kind == "prompts" else ("prompt", *labels)
-        data = usable(specs[name], needs, policy, options, out / "set_aside" / f"{name}.jsonl", kind)
+        data = usable(specs[name], needs, policy, options, out / ASIDE / f"{name}.jsonl", kind)
         if name not in pairs and data.kind == "preferences":
             # A completion is asked for: a pair beside it is no second label, least of all its rejected half.
             data = replace(data, records=tuple(replace(r, chosen=None, rejected=None) for r in data.records))

@@ -112,7 +112,7 @@ def _together(*sources: Source) -> dict[str, str]:
 def _next_records(data: Dataset, state: State, count: int, seed: int) -> tuple[list[tuple[int, Record]], State]:
     """The next ``count`` records in an order derived from (seed, epoch); the state is one position."""
     position, out = int(state.get("position", 0)), []
-    order: list[int] = []
+    order: Sequence[int] = []
     epoch = -1
     for at in range(position, position + count):
         if at // len(data) != epoch:

@@ -87,7 +87,7 @@ class WinRate:
         judge = self.judge.bind(context) if isinstance(self.judge, AnswerJudge) else self.judge
         rate = torch.zeros(len(rows))
         for group in range(rows.groups):
-            members = (rows.group_index == group).nonzero()[:, 0].tolist()
+            members: list[int] = (rows.group_index == group).nonzero()[:, 0].tolist()
             for i in members:
                 others = [j for j in members if j != i]
                 wins = [judge(rows.records[i], rows.texts[i], rows.texts[j]) for j in others]
