@@ -18,7 +18,7 @@ from leibler.objective import Imitate, Match, Objective, Teacher
 from leibler.train import Data, Mixture, OnPolicy, Recipe, fit
 
 if TYPE_CHECKING:
-    from leibler.data import Dataset
+    from leibler.data import Dataset, Record
     from leibler.policy import CausalLM
 
 DIVERGENCES: tuple[Divergence, ...] = (ForwardKL(), ReverseKL(), JensenShannon(0.5), TotalVariation())
@@ -70,6 +70,7 @@ class _Inputs:
     task_held_out: Dataset
     text: Dataset
     text_held_out: Dataset
+    passage: Record
 
 
 TASK = "brackets:depth=5,length=12,kinds=2"
@@ -179,8 +180,8 @@ def run_demo(out: str | Path, size: Size = Size(), *, quiet: bool = False) -> Pa
         "text": {
             "model": f"{best}/final",
             "target": "teacher/final",
-            "prompt": inputs.text_held_out[0].prompt,
-            "text": inputs.text_held_out[0].completion,
+            "prompt": inputs.passage.prompt,
+            "text": inputs.passage.completion,
         },
     }
     (out / "demo.json").write_text(json.dumps(summary, indent=1))
@@ -233,6 +234,7 @@ def _inputs(size: Size) -> _Inputs:
         load(f"task:{TASK}{separator}n={size.questions},seed=1,part=heldout"),
         load("corpus:stdlib:length=64,limit=3000,seed=0,part=train"),
         load(f"corpus:stdlib:length=64,limit={size.questions},seed=0,part=heldout"),
+        load("corpus:stdlib:length=220,limit=1,seed=0,part=heldout")[0],
     )
 
 
