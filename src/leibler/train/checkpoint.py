@@ -100,10 +100,10 @@ def _found(folder: Path) -> list[Path]:
 
 def _fault(path: Path) -> str | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError):
+        files = json.loads((path / MANIFEST).read_text())["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "has no readable manifest"
-    for name, expected in manifest["files"].items():
+    for name, expected in files:
         file = path / name
         if not file.exists():
             return f"lacks {name}"

@@ -115,7 +115,7 @@ def fit(
         raise
     if not resume:
         given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
-        setup.write_run_file(out, origin or {"recipe": "custom"}, given, options, trainer.recipe, trainer.data)
+        setup.write_run_file(out, origin or {"recipe": "custom"}, given, options, trainer.recipe, trainer.identity)
     return trainer.run()
 
 
@@ -157,6 +157,9 @@ class _Trainer:
         for model in (*self.models.values(), *self.modules.values()):
             model.to(device)
         self.models["policy"] = policy
+        self.identity = setup.identity(self.data, self.models)
+        if resume:
+            setup.check_identity(out, self.identity)
         groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
         for name, module in self.modules.items():
             rule = recipe.models[name]

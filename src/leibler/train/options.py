@@ -56,9 +56,14 @@ class Options:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_new_tokens"):
+        for name in ("steps", "batch_size", "max_new_tokens", "keep"):
             if getattr(self, name) < 1:
                 raise RunError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("save_every", "validate_every", "sample_every", "warmup"):
+            if getattr(self, name) < 0:
+                raise RunError(f"{name}={getattr(self, name)} must be at least 0.")
+        if self.decay not in ("none", "linear", "cosine"):
+            raise RunError(f"decay={self.decay!r} must be one of none, linear, cosine.")
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name}={getattr(self, name)} must be greater than 0.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sys
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ def write_run_file(
     given: Mapping[str, Any],
     options: Options,
     recipe: Recipe,
-    data: Mapping[str, Dataset],
+    identity: Mapping[str, Mapping[str, str]],
 ) -> None:
     """``run.yaml``: everything needed to repeat the run."""
     import yaml
@@ -68,13 +69,44 @@ def write_run_file(
         **{name: _plain(value) for name, value in given.items()},
         "out": str(out),
         "options": asdict(options),
-        "data_hashes": {name: dataset.content_hash for name, dataset in data.items()},
+        **identity,
         "description": describe(recipe),
         "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
         "threads": torch.get_num_threads(),
         "command": shlex.join(["leibler", *sys.argv[1:]]) if Path(sys.argv[0]).name in COMMANDS else "",
     }
     (out / RUN_FILE).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+
+def identity(data: Mapping[str, Dataset], models: Mapping[str, CausalLM]) -> dict[str, dict[str, str]]:
+    """What a resumed run must find again: the records, and the weights before the first step."""
+    return {
+        "data_hashes": {name: dataset.content_hash for name, dataset in data.items()},
+        "weight_hashes": {name: _fingerprint(model) for name, model in models.items()},
+    }
+
+
+def check_identity(out: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to go on with other records or other weights than the run in ``out`` was begun with."""
+    written = read_run_file(out)
+    for kind, what in (("data_hashes", "the records of data."), ("weight_hashes", "the weights of the model ")):
+        for name, before in (written.get(kind) or {}).items():
+            if found[kind].get(name) not in (before, None):
+                name = "student" if name == "policy" else name
+                raise RunError(
+                    f"{what}{name} are not those that the run in {out} was begun with; give the same again "
+                    "(a model in memory that was trained since is another one)."
+                )
+
+
+def _fingerprint(model: CausalLM) -> str:
+    """A hash of some numbers of every weight: enough to tell two models apart, cheap for large ones."""
+    state = hashlib.sha256()
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(flat.numel() // 64, 1)].to("cpu", torch.float32)
+        state.update(some.numpy().tobytes())
+    return state.hexdigest()
 
 
 def _plain(value: Any) -> Any:
