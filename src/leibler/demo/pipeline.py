@@ -234,7 +234,7 @@ def _inputs(size: Size) -> _Inputs:
         load(f"task:{TASK}{separator}n={size.questions},seed=1,part=heldout"),
         load("corpus:stdlib:length=64,limit=3000,seed=0,part=train"),
         load(f"corpus:stdlib:length=64,limit={size.questions},seed=0,part=heldout"),
-        load("corpus:stdlib:length=220,limit=1,seed=0,part=heldout")[0],
+        load("corpus:stdlib:what=docstring,length=220,limit=1,seed=2,part=heldout")[0],
     )
 
 
