@@ -89,7 +89,9 @@ def test_the_f_optimum_is_what_gradient_descent_finds(divergence):
 def test_the_f_optimum_drops_actions_where_the_generator_lets_it():
     # Chi-squared: u = max(0, 1 + (r - multiplier) / (2 beta)); the worst of rewards far apart gets none.
     log_ref = torch.full((3,), 1 / 3, dtype=F64).log()
-    found = f_optimum(log_ref, torch.tensor([0.0, 4.0, 5.0], dtype=F64), 0.5, ChiSquared()).exp()
+    log_found = f_optimum(log_ref, torch.tensor([0.0, 4.0, 5.0], dtype=F64), 0.5, ChiSquared())
+    assert log_found[0] == -math.inf, "none at all, not merely little"
+    found = log_found.exp()
     # with two left: u1 + u2 = 3 and u2 - u1 = 1 / (2 * 0.5)
     torch.testing.assert_close(found, torch.tensor([0.0, 1 / 3, 2 / 3], dtype=F64), atol=1e-9, rtol=0)
 

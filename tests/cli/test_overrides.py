@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +94,8 @@ def test_a_key_given_twice_is_a_mistake():
         ("Linear(5e-3, 1e-3, steps=200)", Signal | float, Linear(5e-3, 1e-3, steps=200)),
         ("0.25", Signal | float, 0.25),
         ("data/task.jsonl", str | Divergence, "data/task.jsonl"),
-        ("Reward", str | Divergence, "Reward"),
+        ("ReverseKL()", str | Divergence, "ReverseKL()"),
+        ("Linear(1, 0, 2), Linear(2, 0, 3)", tuple[Signal, ...], (Linear(1, 0, 2), Linear(2, 0, 3))),
     ],
 )
 def test_text_is_read_as_the_type_that_is_wanted(text, annotation, value):
@@ -312,9 +314,17 @@ def test_a_class_with_its_own_constructor_is_copied_and_checked_again():
             self.__post_init__()
 
         def __post_init__(self) -> None:
-            if sum(self.parts) > 9:
+            if self.total > 9:
                 raise RecipeError("more than nine.")
 
-    assert replace(Odd(1, 2), {"parts.0": "5"}) == Odd(5, 2)
+        @cached_property
+        def total(self) -> int:
+            return sum(self.parts)
+
+    before = Odd(1, 2)
+    assert before.total == 3
+    after = replace(before, {"parts.0": "5"})
+    assert after == Odd(5, 2)
+    assert after.total == 7, "what was computed from the old parts is computed anew"
     with pytest.raises(RecipeError, match="more than nine"):
-        replace(Odd(1, 2), {"parts.0": "8"})
+        replace(before, {"parts.0": "8"})
