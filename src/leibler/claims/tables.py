@@ -34,7 +34,11 @@ class Table(nn.Module):
     With ``by_position`` the row depends on the position alone: a student that can only express product laws.
     """
 
-    def __init__(self, logits: Float[Tensor, "prompts rows vocab"], length: int = 1, *, by_position: bool = False) -> None:
+    own: Tensor
+
+    def __init__(
+        self, logits: Float[Tensor, "prompts rows vocab"], length: int = 1, *, by_position: bool = False
+    ) -> None:
         super().__init__()
         self.logits = nn.Parameter(logits.detach().to(F64).clone())
         self.length, self.by_position = length, by_position
@@ -52,8 +56,8 @@ class Table(nn.Module):
     def head(self) -> tuple[Tensor, None]:
         return self.logits.reshape(-1, self.vocab_size).t(), None
 
-    def forward(self, tokens: Int[Tensor, "batch positions"], attention: Tensor) -> Float[Tensor, "batch positions hidden"]:
-        """The row of the table at each position, one-hot."""
+    def forward(self, tokens: Int[Tensor, "batch positions"], attention: Tensor) -> Tensor:
+        """The row of the table at each position, one-hot: ``[batch positions hidden]``."""
         prefix = torch.zeros_like(tokens)
         for t in range(1, tokens.shape[1]):
             prefix[:, t] = prefix[:, t - 1] * self.vocab_size + 1 + tokens[:, t]
@@ -75,7 +79,7 @@ def fractions(counts: Int[Tensor, "prompts rows vocab"], length: int = 1) -> Tab
 
 
 def every(counts: Int[Tensor, "prompts rows vocab"], length: int = 1) -> tuple[Tensor, Tensor]:
-    """Each prompt's responses, each as often as laws proportional to ``counts`` make it probable: prompts, responses."""
+    """Each prompt's responses, as often as laws proportional to ``counts`` make them probable: prompts, responses."""
     vocab = counts.shape[-1]
     sequences, _ = enumerate_sequences(vocab, length)
     at = contexts(sequences, vocab)
@@ -94,8 +98,11 @@ def every_pair(counts: Int[Tensor, "prompts rows vocab"]) -> tuple[Tensor, Tenso
 
 
 def listed(
-    prompt: Int[Tensor, " rows"], response: Int[Tensor, "rows time"], group: Tensor | None = None,
-    role: Tensor | None = None, **columns: Tensor,
+    prompt: Int[Tensor, " rows"],
+    response: Int[Tensor, "rows time"],
+    group: Tensor | None = None,
+    role: Tensor | None = None,
+    **columns: Tensor,
 ) -> Rows:
     """Rows of the engine; every symbol of the response is an event."""
     tokens = torch.cat([prompt[:, None], response], dim=1)
@@ -127,18 +134,21 @@ class Bench:
     """
 
     def __init__(
-        self, recipe: Recipe, models: Mapping[str, Table], modules: Mapping[str, nn.Module] | None = None,
+        self,
+        recipe: Recipe,
+        models: Mapping[str, Table],
+        modules: Mapping[str, nn.Module] | None = None,
         temperature: float = 1.0,
     ) -> None:
         self.recipe, self.policy = recipe, models["policy"]
         self.models = dict(models)
         self.modules = dict(modules or {})
-        self.engine: Any = Engine(
-            recipe, self.policy, self.models, self.modules, temperature=temperature  # type: ignore[arg-type]
-        )
-        owners = {s: owner for s, owner in recipe.objective.walk() if s.init() is not None}
-        self.owners: dict[Any, Hashable] = owners
-        self.states: dict[Hashable, Any] = {s: s.init() for s in owners}
+        tables: Any = self.models  # a table offers what the engine asks of a language model
+        self.engine = Engine(recipe, self.policy, tables, self.modules, temperature=temperature)
+        self.owners: dict[Any, Hashable] = {
+            signal: owner for signal, owner in recipe.objective.walk() if signal.init() is not None
+        }
+        self.states: dict[Hashable, Any] = {signal: signal.init() for signal in self.owners}
         self.stream, self.source, self.stages = _source(recipe)
         self.step = 0
 
@@ -189,7 +199,15 @@ class Bench:
             parameter.grad = None
         return self.engine.accumulate({n: v.at(step, self.states) for n, v in views.items()})
 
-    def settle(self, rows: Rows, iterations: int = 200, tolerance: float = 1e-10) -> Float[Tensor, "contexts vocab"]:
+    def descend(self, views: Mapping[str, View], rate: float) -> Step:
+        """One step of plain gradient descent on annotated rows."""
+        result = self._accumulate(views, self.step)
+        with torch.no_grad():
+            self.policy.logits -= rate * self.policy.logits.grad  # type: ignore[operator]
+        self.step += 1
+        return result
+
+    def settle(self, rows: Rows, iterations: int = 60, tolerance: float = 1e-8) -> Float[Tensor, "contexts vocab"]:
         """Descend the loss of these rows to its minimum (L-BFGS); the policy's log-probabilities there."""
         views = self.annotate(rows)
         optimiser = torch.optim.LBFGS(
@@ -203,7 +221,11 @@ class Bench:
     # ---- sampled runs ----------------------------------------------------------------------------------------------
 
     def draw(
-        self, prompts: Int[Tensor, " groups"], generator: torch.Generator, *, check: Check | None = None,
+        self,
+        prompts: Int[Tensor, " groups"],
+        generator: torch.Generator,
+        *,
+        check: Check | None = None,
         judge: Any = None,
     ) -> Rows:
         """What the recipe's source would yield: its law, its group size, its stages.
@@ -307,7 +329,6 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 def off(found: Tensor, expected: Tensor) -> float:
     """The largest difference, over the largest number expected."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-
 
 
 # ---- what claims are made of ---------------------------------------------------------------------------------------

@@ -1,0 +1,262 @@
+"""Every recipe has a claim that is run on the recipe, and each such claim is refuted by a recipe that is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from leibler import claims, recipes
+from leibler.claims import distillation as d
+from leibler.claims import policy as pol
+from leibler.claims import preference as pref
+from leibler.divergence import AdaptiveKL, ForwardKL, Jeffreys, JensenShannon, ReverseKL
+from leibler.errors import RecipeError
+from leibler.estimate import K3
+from leibler.objective import (
+    AgainstHardest,
+    Clip,
+    Fit,
+    Hinge,
+    ImplicitReward,
+    Logistic,
+    Match,
+    Objective,
+    PolicyGradient,
+    Preference,
+    Ratio,
+    Reference,
+    Reward,
+    Squared,
+    Whitened,
+)
+from leibler.objective.terms import Term
+from leibler.train import Data, OnPolicy, Recipe
+
+Change = Callable[[Recipe], Recipe]
+
+
+# ---- ways to break a recipe ------------------------------------------------------------------------------------------
+
+
+def changed(kind: type[Term], change: Callable[[Any], Term | None]) -> Change:
+    """Every term of a kind changed, or taken out."""
+
+    def apply(recipe: Recipe) -> Recipe:
+        assert any(isinstance(t, kind) for t in recipe.objective.terms)
+        terms = [change(t) if isinstance(t, kind) else t for t in recipe.objective.terms]
+        return replace(recipe, objective=Objective(*(t for t in terms if t is not None)))
+
+    return apply
+
+
+def _negative(term: Any) -> Term:
+    c = term.coefficient
+    return replace(term, coefficient=Hinge(c.bound, -c.slope) if isinstance(c, Hinge) else -c)
+
+
+def flipped(kind: type[Term] = Term) -> Change:
+    return changed(kind, _negative)
+
+
+def without(kind: type[Term]) -> Change:
+    """As a coefficient of 0."""
+    return changed(kind, lambda term: replace(term, coefficient=0.0))
+
+
+def with_(kind: type[Term], **fields: Any) -> Change:
+    return changed(kind, lambda term: replace(term, **fields))
+
+
+def sourced(source: Any) -> Change:
+    return lambda recipe: replace(recipe, source=source)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A claim, its method, and what is wrong with the recipe: a change, parameters forced on it, or both."""
+
+    experiment: Callable[..., tuple[str, bool]]
+    slug: str
+    name: str
+    change: Change = lambda recipe: recipe
+    forced: tuple[tuple[str, Any], ...] = ()
+
+    def build(self, **params: Any) -> Recipe:
+        return self.change(recipes.get(self.slug, **{**params, **dict(self.forced)}))
+
+
+def case(experiment: Callable[..., Any], slug: str, name: str, change: Change = lambda r: r, **forced: Any) -> Any:
+    broken = Broken(experiment, slug, name, change, tuple(forced.items()))
+    return pytest.param(broken, id=f"{experiment.__name__}-{name}")
+
+
+def immediate(recipe: Recipe) -> Recipe:
+    """Without the log-ratios still to come: plain on-policy distillation."""
+    return without(PolicyGradient)(recipe)
+
+
+BROKEN = [
+    case(d.sft_finds_the_law_of_the_data, "sft", "sign", flipped()),
+    case(d.sft_finds_the_law_of_the_data, "sft", "zero", without(Term)),
+    # kd
+    case(d.kd_descends_student_minus_teacher, "kd", "sign", flipped()),
+    case(d.kd_descends_student_minus_teacher, "kd", "zero", without(Match)),
+    case(d.kd_descends_student_minus_teacher, "kd", "reverse", divergence=ReverseKL()),
+    case(d.kd_descends_student_minus_teacher, "kd", "labels", imitate=0.1),
+    case(d.kd_descends_student_minus_teacher, "kd", "on-policy", sourced(OnPolicy())),
+    case(d.kd_matches_logits_when_hot, "kd", "sign", flipped()),
+    case(d.kd_matches_logits_when_hot, "kd", "half", with_(Match, coefficient=0.5)),
+    # gkd
+    case(d.gkd_trains_where_the_student_goes, "gkd", "sign", flipped()),
+    case(d.gkd_trains_where_the_student_goes, "gkd", "off-policy", sourced(Data())),
+    case(d.gkd_trains_where_the_student_goes, "gkd", "skewed", divergence=JensenShannon(0.4)),
+    case(d.gkd_trains_where_the_student_goes, "gkd", "forward", divergence=ForwardKL()),
+    case(d.gkd_lies_between_both_kls, "gkd", "sign", flipped()),
+    case(d.gkd_lies_between_both_kls, "gkd", "fixed", divergence=JensenShannon(0.5)),
+    # minillm
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "sign", flipped()),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "sign-ahead", flipped(PolicyGradient)),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "sign-now", flipped(Match)),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "without-ahead", immediate),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "without-now", without(Match)),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "twice", start=0),
+    case(d.minillm_splits_the_sequence_gradient, "minillm", "forward", with_(Match, divergence=ForwardKL())),
+    case(d.minillm_clips_against_the_mixture, "minillm", "twice", start=0),
+    case(d.minillm_clips_against_the_mixture, "minillm", "student-only", teacher_share=0.0),
+    case(d.minillm_clips_against_the_mixture, "minillm", "unclipped", clip=10.0),
+    case(d.minillm_clips_against_the_mixture, "minillm", "weighted-twice", with_(Match, coefficient=2.0)),
+    case(d.minillm_clips_against_the_mixture, "minillm", "sign", flipped(PolicyGradient)),
+    # distillm
+    case(d.distillm_is_bounded, "distillm", "unskewed", lam=0.0),
+    case(d.distillm_is_bounded, "distillm", "skewed-more", lam=0.2),
+    case(d.distillm_is_bounded, "distillm", "sign", flipped()),
+    case(d.distillm_forgives_lost_modes, "distillm", "unskewed", lam=0.0),
+    case(d.distillm_forgives_lost_modes, "distillm", "sign", flipped()),
+    case(d.distillm_becomes_forward_kl, "distillm", "fixed", lam=0.1),
+    case(d.distillm_becomes_forward_kl, "distillm", "sign", flipped()),
+    case(d.distillm_adapts_its_source, "distillm", "data-only", sourced(Data())),
+    # akl
+    case(d.akl_weighs_head_and_tail, "akl", "constant", with_(Match, divergence=Jeffreys(), coefficient=0.5)),
+    case(d.akl_weighs_head_and_tail, "akl", "other-head", head_mass=0.9),
+    case(d.akl_weighs_head_and_tail, "akl", "exchanged", with_(Match, divergence=AdaptiveKL().swapped())),
+    case(d.akl_weighs_head_and_tail, "akl", "sign", flipped()),
+    # kdrl
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "sign-teacher", flipped(Match)),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "sign-reward", flipped(PolicyGradient)),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "without-teacher", without(Match)),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "without-reward", without(PolicyGradient)),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "constant", coefficient=5e-3),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "guided", guided=True),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "k3", with_(Match, estimator=K3())),
+    case(d.kdrl_joins_rewards_and_teacher, "kdrl", "reference", with_(Match, to=Reference())),
+    # g-opd
+    case(d.g_opd_descends_to_the_extrapolation, "g-opd", "sign", flipped()),
+    case(d.g_opd_descends_to_the_extrapolation, "g-opd", "plain", scale=1.0),
+    case(d.g_opd_descends_to_the_extrapolation, "g-opd", "clipped", clip=0.05),
+    case(d.g_opd_at_scale_one_forgets_the_base, "g-opd", "fixed", scale=1.25),
+    case(d.g_opd_at_scale_one_forgets_the_base, "g-opd", "always-one", scale=1.0),
+    case(d.g_opd_at_scale_one_forgets_the_base, "g-opd", "sign", flipped()),
+    # ppo
+    case(pol.ppo_climbs_the_penalised_reward, "ppo", "sign", flipped(PolicyGradient)),
+    case(pol.ppo_climbs_the_penalised_reward, "ppo", "without", without(PolicyGradient)),
+    case(pol.ppo_climbs_the_penalised_reward, "ppo", "no-penalty", initial=0.0),
+    case(pol.ppo_climbs_the_penalised_reward, "ppo", "half-penalty", initial=0.05),
+    case(
+        pol.ppo_climbs_the_penalised_reward,
+        "ppo",
+        "unpenalised",
+        with_(PolicyGradient, advantage=Reward() >> Whitened()),
+    ),
+    case(pol.ppo_climbs_the_penalised_reward, "ppo", "discounted", decay=0.5),
+    case(pol.ppo_clips, "ppo", "unclipped", clip=100.0),
+    case(pol.ppo_clips, "ppo", "ratio", with_(PolicyGradient, surrogate=Ratio())),
+    case(pol.ppo_clips, "ppo", "clip-higher", with_(PolicyGradient, surrogate=Clip(0.2, 0.28))),
+    case(pol.ppo_clips, "ppo", "sign", flipped(PolicyGradient)),
+    case(pol.ppo_fits_its_critic, "ppo", "sign", flipped(Fit)),
+    case(pol.ppo_fits_its_critic, "ppo", "without", value_coefficient=0.0),
+    case(pol.ppo_fits_its_critic, "ppo", "to-the-reward", with_(Fit, target=Reward())),
+    case(pol.ppo_steers_its_coefficient, "ppo", "other-target", target=3.0),
+    case(pol.ppo_steers_its_coefficient, "ppo", "deaf", horizon=1e12),
+    case(
+        pol.ppo_steers_its_coefficient,
+        "ppo",
+        "uncontrolled",
+        lambda recipe: with_(Fit, target=Reward())(with_(PolicyGradient, advantage=Reward() >> Whitened())(recipe)),
+    ),
+    # grpo
+    case(pol.grpo_climbs_and_is_held, "grpo", "sign-reward", flipped(PolicyGradient)),
+    case(pol.grpo_climbs_and_is_held, "grpo", "sign-reference", flipped(Match)),
+    case(pol.grpo_climbs_and_is_held, "grpo", "without-reward", without(PolicyGradient)),
+    case(pol.grpo_climbs_and_is_held, "grpo", "without-reference", coefficient=0.0),
+    case(pol.grpo_climbs_and_is_held, "grpo", "k3", with_(Match, estimator=K3())),
+    case(pol.grpo_climbs_and_is_held, "grpo", "raw", with_(PolicyGradient, advantage=Reward())),
+    case(pol.grpo_stays_exact_when_stale, "grpo", "sign", flipped(Match)),
+    case(pol.grpo_stays_exact_when_stale, "grpo", "forward", with_(Match, divergence=ForwardKL(), estimator=K3())),
+    case(pol.grpo_stays_exact_when_stale, "grpo", "raw", with_(PolicyGradient, advantage=Reward())),
+    case(pol.grpo_stays_exact_when_stale, "grpo", "unweighted", minibatches=1),
+    # disco
+    case(pol.disco_has_no_difficulty_bias, "disco", "sign", flipped(Preference)),
+    case(pol.disco_has_no_difficulty_bias, "disco", "without", without(Preference)),
+    case(pol.disco_has_no_difficulty_bias, "disco", "logistic", with_(Preference, link=Logistic())),
+    case(pol.disco_has_no_difficulty_bias, "disco", "implicit", with_(Preference, score=ImplicitReward())),
+    case(pol.disco_looks_at_the_hardest, "disco", "sign", flipped(Preference)),
+    case(pol.disco_looks_at_the_hardest, "disco", "fixed", with_(Preference, contrast=AgainstHardest(10.0))),
+    case(pol.disco_keeps_its_distance, "disco", "sign", flipped(Match)),
+    case(pol.disco_keeps_its_distance, "disco", "without", without(Match)),
+    case(pol.disco_keeps_its_distance, "disco", "never-silent", with_(Match, coefficient=Hinge(0.0, 1e3))),
+    case(pol.disco_keeps_its_distance, "disco", "penalty", with_(Match, coefficient=10.0)),
+    case(pol.disco_keeps_its_distance, "disco", "slope", slope=100.0),
+    # dpo
+    case(pref.dpo_finds_the_tilted_reference, "dpo", "sign", flipped()),
+    case(pref.dpo_finds_the_tilted_reference, "dpo", "zero", without(Preference)),
+    case(pref.dpo_finds_the_tilted_reference, "dpo", "other-beta", beta=0.4),
+    case(pref.dpo_finds_the_tilted_reference, "dpo", "smoothed", smoothing=0.1),
+    case(pref.dpo_finds_the_tilted_reference, "dpo", "squared", with_(Preference, link=Squared(1.0))),
+    case(pref.dpo_weighs_pairs_by_their_error, "dpo", "sign", flipped()),
+    case(pref.dpo_weighs_pairs_by_their_error, "dpo", "squared", with_(Preference, link=Squared(1.0))),
+    case(pref.dpo_weighs_pairs_by_their_error, "dpo", "other-beta", beta=0.2),
+    # f-dpo
+    case(pref.f_dpo_finds_the_optimum, "f-dpo", "reverse", divergence=ReverseKL()),
+    case(pref.f_dpo_finds_the_optimum, "f-dpo", "sign", flipped()),
+    case(pref.f_dpo_finds_the_optimum, "f-dpo", "clipped", clip=0.1),
+    case(pref.f_dpo_tails, "f-dpo", "reverse", divergence=ReverseKL()),
+    case(pref.f_dpo_tails, "f-dpo", "sign", flipped()),
+    # inpo
+    case(pref.inpo_takes_the_mirror_step, "inpo", "sign", flipped()),
+    case(pref.inpo_takes_the_mirror_step, "inpo", "zero", without(Preference)),
+    case(pref.inpo_takes_the_mirror_step, "inpo", "no-reference", tau=0.0),
+    case(pref.inpo_takes_the_mirror_step, "inpo", "no-margin", with_(Preference, link=Squared())),
+    case(
+        pref.inpo_takes_the_mirror_step,
+        "inpo",
+        "anchored-to-the-reference",
+        with_(Preference, score=ImplicitReward(beta=1.0, to=Reference())),
+    ),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_method_refutes_its_claim(broken: Broken):
+    try:
+        observed, holds = broken.experiment(broken.build)
+    except RecipeError:
+        return  # the recipe refuses to be built like that: as good as a refutation
+    assert not holds, observed
+
+
+FAST = [c for c in claims.claims() if c.slug in recipes.names() and not c.full]
+
+
+@pytest.mark.parametrize("claim", FAST, ids=lambda c: c.experiment.__name__)
+def test_the_claim_holds(claim: Any):
+    result = claim.run()
+    assert result["holds"], result["observed"]
+
+
+def test_every_recipe_has_a_fast_claim_and_every_fast_claim_has_been_refuted():
+    assert {c.slug for c in FAST} == set(recipes.names())
+    refuted = {p.values[0].experiment.__name__ for p in BROKEN}
+    assert {c.experiment.__name__ for c in FAST} <= refuted
