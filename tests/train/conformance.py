@@ -192,7 +192,8 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     )
     state = recipe.source.init()
     if fresh_rows:
-        state["main"]["phi"] = {"phi": 1.0, "raised_at": None}
+        adaptive = state if "phi" in state else state["main"]
+        adaptive["phi"] = {"phi": 1.0, "raised_at": None}
         context = replace(context, step=0)
     drawn, _ = recipe.source.draw(context, state)
     states = {s: s.init() for s, _ in recipe.objective.walk() if s.init() is not None}

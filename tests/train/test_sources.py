@@ -94,7 +94,7 @@ def test_a_pair_is_one_group_of_two_rows(models):
 
 
 def test_what_the_data_lacks_is_said(models):
-    with pytest.raises(DataError, match="draws from the data 'other', which was not given; add data.other=FILE"):
+    with pytest.raises(DataError, match=r"draws from the data 'other', which was not given; add data.other=FILE"):
         Data("other").draw(context(models), {})
     bare = Dataset((Record("1+"), Record("2+")), "bare")
     with pytest.raises(DataError, match="bare has no completion to learn from"):
