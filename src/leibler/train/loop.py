@@ -438,6 +438,7 @@ class _Trainer:
         state = {
             "draw": self.draw,
             "last_due": self.last_due,
+            "validated": [self.validated_at, self.validated],
             "source": self.source_state,
             "signals": [self.states[s] for s in self.stateful],
             "lengths": lengths,
@@ -461,7 +462,7 @@ class _Trainer:
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
         self.source_state = state["source"]
         self.states = dict(zip(self.stateful, state["signals"], strict=True))
-        self.last = state["last"]
+        self.last, (self.validated_at, self.validated) = state["last"], state["validated"]
         for file in (self.metrics, self.timings, self.samples, self.validations):
             file.cut(state["lengths"][file.path.name])
         self.saved_at = self.step
