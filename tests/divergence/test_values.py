@@ -203,6 +203,24 @@ def test_low_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert relative(gradient, wanted_gradient) < 3 * torch.finfo(dtype).eps
 
 
+def test_autocast_does_not_lower_the_precision() -> None:
+    model, target = draw(22, 4, 50, dtype=torch.float32), draw(23, 4, 50, dtype=torch.float32)
+    for divergence in EVERY:
+        value, gradient = with_gradient(divergence, model, target)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, found_gradient = with_gradient(divergence, model, target)
+        assert torch.equal(found, value)
+        assert torch.equal(found_gradient, gradient)
+
+
+def test_a_broken_row_breaks_itself_alone() -> None:
+    model, target = draw(22, 3, 50), draw(23, 3, 50)
+    model[1, 3] = torch.nan
+    for divergence in EVERY:
+        values = divergence(model, target)
+        assert values.isnan().tolist() == [False, True, False]
+
+
 def test_float64_on_either_side_stays_float64() -> None:
     assert ReverseKL()(draw(1, 3, dtype=torch.float32), draw(2, 3)).dtype == torch.float64
     assert ReverseKL()(draw(1, 3), draw(2, 3, dtype=torch.bfloat16)).dtype == torch.float64

@@ -119,4 +119,4 @@ def _split_head(
 
 def _times(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """``weight * value`` with ``0 * inf = 0``: a side without weight takes no part."""
-    return torch.where(weight > 0.0, weight * value, 0.0)
+    return torch.where(weight == 0.0, 0.0, weight * value)  # NaN passes

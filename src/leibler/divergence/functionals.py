@@ -77,7 +77,7 @@ class Entropy:
     ) -> tuple[Float[Tensor, " rows"], Any]:
         # Shifted by the maximum, so that a large common offset costs no accuracy.
         shifted = model.logits - model.maximum
-        mean = torch.linalg.vecdot(model.weights, shifted).unsqueeze(-1) / model.total
+        mean = shifted.mul_(model.weights).sum(dim=-1, keepdim=True) / model.total
         values = (torch.log2(model.total) - mean).squeeze(-1) * LN2
         return values.clamp(min=0.0), mean
 

@@ -271,7 +271,7 @@ def _close_skew(
     y = torch.expm1(x.clamp(-EXTREME, EXTREME)).mul_(share)
     logarithm = torch.log1p(y)
     weights, total = first.weights[index], first.total[index].squeeze(-1)
-    centred = torch.linalg.vecdot(weights, y.sub_(logarithm)) / total
+    centred = y.sub_(logarithm).mul_(weights).sum(dim=-1) / total
     if bool(extreme.any()):
-        centred = torch.where(extreme, -torch.linalg.vecdot(weights, logarithm) / total, centred)
+        centred = torch.where(extreme, -vecdot(weights, logarithm).squeeze(-1) / total, centred)
     return centred.clamp_(min=0.0)

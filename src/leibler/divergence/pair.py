@@ -17,7 +17,8 @@ EXTREME = 60.0
 
 
 def vecdot(a: Float[Tensor, "rows vocab"], b: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+    """Dot products of rows. Not ``torch.linalg.vecdot``: autocast lowers that to bfloat16."""
+    return (a * b).sum(dim=-1, keepdim=True)
 
 
 def pair(model: Row, target: Row) -> Pair:
@@ -149,6 +150,6 @@ def _centred_kl(
         direct = torch.exp2(other - maximum + mean) - weights + weights * deviation
         sums = torch.where(deviation < -EXTREME, direct, weights * integrand).sum(dim=-1)
     else:
-        sums = torch.linalg.vecdot(weights, integrand)
+        sums = integrand.mul_(weights).sum(dim=-1)
     refined = torch.log1p((sums / total.squeeze(-1)).clamp_(min=0.0))
     return refined if whole else plain.index_copy(0, index, refined)

@@ -125,7 +125,7 @@ class PowerKernel(Divergence):
             return log_s
         x = x[index]
         integrand = torch.expm1(order * x).sub_(torch.expm1(x), alpha=order)
-        excess = vecdot(target.weights[index], integrand) / target.total[index]
+        excess = integrand.mul_(target.weights[index]).sum(dim=-1, keepdim=True) / target.total[index]
         return log_s.index_copy(0, index, torch.log1p(excess))
 
     def _add_gradient(
