@@ -139,21 +139,24 @@ class Products(TorchDispatchMode):
 
 
 class Bytes(TorchDispatchMode):
-    """The most bytes of new tensors alive at one time, exactly: every storage an operation returns is followed."""
+    """The most bytes of new tensors alive at one time, exactly: every storage an operation touches is followed.
 
-    def __init__(self) -> None:
+    Storages of ``inputs`` are not counted. (Memory that enters by ``frombuffer`` is first seen as an argument.)
+    """
+
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
+        self.inputs = {t.untyped_storage()._cdata for t in inputs}
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         self.live = {k: v for k, v in self.live.items() if not v[0].expired()}
-        for t in tree_leaves(out):
+        for t in tree_leaves((args, kwargs, out)):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
-                if storage._cdata not in self.live and storage._cdata not in before:
+                if storage._cdata not in self.live and storage._cdata not in self.inputs:
                     self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused.helpers import assert_close, dense_logp, grads, heads
+from fused.helpers import Bytes, assert_close, dense_logp, grads, heads
 from leibler.divergence import Entropy, ReverseKL, SampledLogProb, get, names
 from leibler.divergence.tiers import RowFunction
 from leibler.fused import Linear, Want, functionals, linear_divergence, one_pass, sweep
@@ -95,6 +96,25 @@ def test_linear_divergence(name: str, dtype: torch.dtype, reduction: Any, monkey
     cotangent = torch.linspace(0.5, 1.0, out.numel(), dtype=torch.float64).reshape(out.shape)
     got = grads((out.double() * cotangent).sum(), model)
     assert_close(got, grads((expected * cotangent).sum(), model), TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("name", list(FORMULAS))
+def test_row_blocks_are_freed_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when the garbage collector comes round: a block that refers to itself would hold its megabytes until then."""
+    vocab, chunk, rows = 5_000, 32, 4
+    monkeypatch.setattr(sweep, "keep_heap", lambda: None)  # counted by the judge, but never touched
+    monkeypatch.setattr(sweep, "chunk_tokens", lambda *a, **k: chunk)
+    monkeypatch.setattr(sweep, "block_rows", lambda *a, **k: rows)
+    model, target, _ = heads(64, 4, vocab, dtype=torch.float32, bias=False)
+    leaf = target.leaves[0]
+    gc.disable()
+    try:
+        with Bytes(model.hidden, model.weight, leaf.hidden, leaf.weight) as used:
+            linear_divergence(model.hidden, model.weight, leaf.hidden, leaf.weight, get(name)).backward()
+    finally:
+        gc.enable()
+    fixed = (vocab * 4 + 2 * chunk * vocab) * 4
+    assert used.peak <= fixed + 12 * rows * vocab * 4, (used.peak - fixed) / (rows * vocab * 4)
 
 
 def test_a_divergence_of_ones_own_by_autograd_inside_the_block() -> None:

@@ -124,9 +124,20 @@ class Sweep:
         The row scale (the largest coefficient) never touches the vocabulary: it multiplies the products instead, which
         also keeps the gradient rows near 1, where half precision has its digits.
         """
-        plan, local = self.plan, slice(start - chunk, stop - chunk)
+        local = slice(start - chunk, stop - chunk)
         sides = [side.rows(local.start, local.stop) for side in self.sides]
-        model, targets = sides[0], [mixed.rows(sides) for mixed in self.mixed]
+        targets = [mixed.rows(sides) for mixed in self.mixed]
+        try:
+            return self._functionals(start, stop, local, sides[0], targets, coefficients)
+        finally:
+            # A row and its pairs refer to each other: without this, blocks would pile up until the next collection.
+            for row in (*sides, *targets):
+                row.pairs.clear()
+
+    def _functionals(
+        self, start: int, stop: int, local: slice, model: Row, targets: list[Row], coefficients: Coefficients | None
+    ) -> Float[Tensor, " rows"]:
+        plan = self.plan
         token = None if plan.token is None else plan.token[start:stop]
         rows: list[Row | None] = [None if want.target is None else targets[want.target] for want in plan.wants]
         saved: list[Any] = []
