@@ -8,31 +8,37 @@ from typing import Any
 
 from markupsafe import Markup
 
+from leibler.measure.models import TokenView
 from leibler.measure.report import figures
 from leibler.measure.report.figures import Axis, Series
 from leibler.measure.report.measured import Measured, Reliability, Text
 from leibler.measure.report.words import SHARES, number, percent, plural, spell, unit
 
+MOST_MARKED = 0.5
+"""The share of tokens with different first choices up to which each is marked; more marks than that say nothing."""
+
 
 def text_section(texts: Sequence[Text], target: str) -> dict[str, Any] | None:
-    """Texts with the shade of each token, and what the page's script shows about a token."""
-    values = sorted(max(v.reverse_kl, 0.0) for text in texts for v in text.tokens if math.isfinite(v.reverse_kl))
+    """Texts with the shade of each token, and what the page's script shows about a token; None without a text."""
     if not texts:
         return None
+    values = sorted(max(v.reverse_kl, 0.0) for text in texts for v in text.tokens if math.isfinite(v.reverse_kl))
     # The largest value but for the topmost twentieth: one odd token must not make all others look alike.
     top = max(values[min(len(values) - 1, int(0.95 * len(values)))] if values else 0.0, 1e-6)
+    every = [v for text in texts for v in text.tokens]
+    differing = sum(map(_differ, every)) / len(every)
+    mark = differing <= MOST_MARKED
     shown, detail = [], []
     for text in texts:
         tokens = []
         for v in text.tokens:
             heat = math.sqrt(min(max(v.reverse_kl, 0.0) / top, 1.0)) if math.isfinite(v.reverse_kl) else 1.0
-            differ = bool(v.model_top and v.target_top and v.model_top[0][0] != v.target_top[0][0])
             p, q = math.exp(min(v.model_logp, 0.0)), math.exp(min(v.target_logp, 0.0))
             tokens.append(
                 {
                     "text": _visible(v.text).replace("↵", "↵\n"),
                     "shade": f"{0.68 * heat:.3f}",
-                    "differ": differ,
+                    "differ": mark and _differ(v),
                     "number": len(detail),
                     "said": f"{_visible(v.text)}: divergence {number(v.reverse_kl)} nats, probability "
                     f"{percent(p)} for the model, {percent(q)} for {target}",
@@ -40,9 +46,9 @@ def text_section(texts: Sequence[Text], target: str) -> dict[str, Any] | None:
             )
             detail.append(
                 [
-                    _visible(v.text), number(v.reverse_kl), number(v.forward_kl), percent(p), percent(q),
-                    [[_visible(t), percent(w), round(w, 4)] for t, w in v.model_top],
-                    [[_visible(t), percent(w), round(w, 4)] for t, w in v.target_top],
+                    _spelt(v.text), number(v.reverse_kl), number(v.forward_kl), percent(p), percent(q),
+                    [[_spelt(t), percent(w), round(w, 4)] for t, w in v.model_top],
+                    [[_spelt(t), percent(w), round(w, 4)] for t, w in v.target_top],
                 ]
             )  # fmt: skip
         shown.append({"prompt": text.prompt, "tokens": tokens, "cut": text.cut})
@@ -54,14 +60,26 @@ def text_section(texts: Sequence[Text], target: str) -> dict[str, Any] | None:
         "scale": number(top),
         "more": largest > top * 1.001,
         "detail": {"target": target, "tokens": detail},
+        "marked": mark,
+        "differing": percent(differing),
         "mean": number(sum(values) / len(values)) if values else "–",
         "largest": number(largest),
     }
 
 
+def _differ(view: TokenView) -> bool:
+    """Whether the two models would have put different tokens there."""
+    return bool(view.model_top and view.target_top and view.model_top[0][0] != view.target_top[0][0])
+
+
 def _visible(text: str) -> str:
     """A token whose blanks can be seen."""
     return text.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥") or "␀"
+
+
+def _spelt(text: str) -> str:
+    """A token by itself, where spaces would not be seen either."""
+    return _visible(text).replace(" ", "␣")
 
 
 def measured_section(measured: Measured) -> dict[str, Any]:
