@@ -64,9 +64,11 @@ def run(made: Recipe, out: Path, **options: Any) -> Run:
         "student": student(), "data": RECORDS, "steps": 6, "batch_size": 8, "learning_rate": 0.01, "max_new_tokens": 4,
         "seed": 11, "quiet": True, "sample_every": 2,
     }  # fmt: skip
-    teacher = student(1, dropout=0.0) if "teacher" in made.models else None
-    models = {"base": student(2, dropout=0.0)} if "base" in made.models else None
-    return fit(made, out=out, teacher=teacher, models=models, **{**given, **options})
+    if "teacher" in made.models:
+        given["teacher"] = student(1, dropout=0.0)
+    if "base" in made.models:
+        given["models"] = {"base": student(2, dropout=0.0)}
+    return fit(made, out=out, **{**given, **options})
 
 
 def written(out: Path) -> dict[str, bytes]:
