@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leibler.divergence.rows import LN2, Row
-from leibler.fused import Linear, TargetRows
+from leibler.fused import Linear, TargetRows, Want
 
 RowFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
@@ -103,6 +103,15 @@ def heads(
     )
     leaf = Linear(normal(n, 2 * hidden), normal(size, 2 * hidden) / 2, normal(size) if bias else None, temperature)
     return model, TargetRows((leaf,)), torch.randint(0, min(size, vocab), (n,), generator=g)
+
+
+FOUR = [Want(Sampled), Want(Entropy), Want(Reverse, 0), Want(Forward, 0)]
+
+
+def four(model: Linear, target: TargetRows, token: Tensor) -> Tensor:
+    """The four functionals of ``FOUR`` from dense float64 logits."""
+    lp, lq = dense_logp(model), dense_logp(target.leaves[0])
+    return torch.stack([sampled(lp, lq, token), entropy(lp, lq, token), reverse(lp, lq, token), forward(lp, lq, token)])
 
 
 def parameters(model: Linear) -> list[Tensor]:
