@@ -122,6 +122,8 @@ def kdrl(
     """KDRL (2025): GRPO joined with on-policy distillation by the reverse KL.
 
     Args:
+        group_size: responses to each prompt.
+        clip: half-width of the ratio's region.
         coefficient: of the reverse KL to the teacher.
         guided: distil only where no response of the group was right.
     """

@@ -94,12 +94,13 @@ def disco(
     """DisCO (2025): right answers scored above wrong ones, under a constraint on the KL from the old policy.
 
     Args:
+        group_size: responses to each prompt.
         tau: temperature of the contrast; small values look at the hardest wrong answer only.
         bound, slope: the KL that is free, and the slope of the squared hinge beyond it.
         minibatches: optimiser batches per draw (with one, the policy is the old one and the constraint never acts).
     """
     return Recipe(
-        OnPolicy(group_size, temperature=None) >> Score(Answer()) >> MuteEqual(),
+        OnPolicy(group_size) >> Score(Answer()) >> MuteEqual(),
         Objective(
             Preference(MeanLogProb(), link=Identity(), contrast=AgainstHardest(tau)),
             Match(ForwardKL(), to=Old(), estimator=K1(), coefficient=Hinge(bound, slope)),
