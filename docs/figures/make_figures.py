@@ -154,7 +154,7 @@ def value_and_gradient(say: Say) -> Figure:
         slope = mean_slope(estimator, t)
         axes[0].plot(t, value, color=colours[name], ls=dashes[name], label=name)
         axes[1].plot(t, slope, color=colours[name], ls=dashes[name], label=name)
-        say(f"  {name:>12} {float(value[-1]):>8.4f} {float(slope[-1]):>11.4f}")
+        say(f"  {name:>12} {float(value[-1]):>8.4f} {round(float(slope[-1]), 4) + 0.0:>11.4f}")  # no -0.0000
     axes[0].set(title="what the numbers average to", ylabel="nats")
     axes[1].set(title="what the gradient descends", ylabel="derivative along the path")
     for axis in axes:
@@ -176,13 +176,13 @@ def spread(say: Say) -> Figure:
     }  # fmt: skip
     at = [int((kl - level).abs().argmin()) for level in (0.001, 0.01, 0.1, 1.0)]
     say("Standard deviation of one sample, as a multiple of the KL itself")
-    say(f"  {'KL (nats)':>16} " + " ".join(f"{float(kl[i]):>9.4f}" for i in at))
+    say(f"  {'KL (nats)':>28} " + " ".join(f"{float(kl[i]):>9.4f}" for i in at))
     for name, (estimator, colour) in values.items():
         one = estimator.value(ReverseKL(), logp, q, "model")
         mean = (p * one).sum(-1)
         deviation = ((p * one.square()).sum(-1) - mean.square()).clamp_min(0).sqrt() / kl
         axes[0].loglog(kl, deviation, color=colour, label=name)
-        say(f"  {'value ' + name:>16} " + " ".join(f"{float(deviation[i]):>9.2f}" for i in at))
+        say(f"  {name:>28} " + " ".join(f"{float(deviation[i]):>9.2f}" for i in at))
     coefficient: dict[str, tuple[Estimator, str]] = {
         "K2 / ScoreFunction": (ScoreFunction(), "#c2410c"),
         "K1(weight='differentiable')": (K1(weight="differentiable"), "#7a4fb5"),
@@ -198,7 +198,7 @@ def spread(say: Say) -> Figure:
         second = (p * c.square() * (1 - 2 * p + p.square().sum(-1, keepdim=True))).sum(-1)
         noise = (second - length.square()).clamp_min(0).sqrt() / length
         axes[1].loglog(kl, noise, color=colour, label=name)
-        say(f"  {name.split('(')[0]:>16} " + " ".join(f"{float(noise[i]):>9.2f}" for i in at))
+        say(f"  {name:>28} " + " ".join(f"{float(noise[i]):>9.2f}" for i in at))
     axes[0].set(title="value: deviation / KL", xlabel="KL (nats)")
     axes[1].set(title="gradient: noise / length", xlabel="KL (nats)")
     for axis in axes:

@@ -68,7 +68,7 @@ def test_numbers_quoted_beside_the_pictures_are_printed():
 def test_reference_names_everything_public(package):
     module = importlib.import_module(f"leibler.{package}")
     page = (DOCS / "reference" / f"{package}.md").read_text()
-    listed = set(re.findall(rf"^(?:::: leibler\.{package}\.(\w+)$|- `(\w+)`)", page, re.MULTILINE))
+    listed = set(re.findall(rf"^(?:::: leibler\.{package}\.(?:\w+\.)?(\w+)$|- `(\w+)`)", page, re.MULTILINE))
     listed = {name for pair in listed for name in pair if name}
     assert listed == set(module.__all__)
 
@@ -89,7 +89,7 @@ def test_sources_shown_exist():
     hooks = importlib.import_module("hooks")
     shown = hooks.on_page_markdown((DOCS / "recipes.md").read_text())
     assert "<!-- source:" not in shown
-    assert shown.count("```python\ndef ") == shown.count("\n### ")
+    assert shown.count("```python\ndef ") >= shown.count("\n### ")
     assert '"""' not in shown, "docstrings are left out"
     with pytest.raises(KeyError):
         hooks.source("src/leibler/recipes/policy.py", "nothing")

@@ -15,7 +15,8 @@ def example(name: str):
     import sys
 
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -49,6 +50,6 @@ def test_a_reward_of_ones_own_is_learned(tmp_path):
     assert last > first + 0.05
 
 
-@pytest.mark.parametrize("texts, rewards", [(["aaa", "ab", ""], [1.0, 0.5, 0.0])])
+@pytest.mark.parametrize(("texts", "rewards"), [(["aaa", "ab", ""], [1.0, 0.5, 0.0])])
 def test_the_reward_itself(texts, rewards):
     assert example("reward").few_letters([], texts) == rewards
