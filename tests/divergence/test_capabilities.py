@@ -107,6 +107,19 @@ def test_sequence_ratios_cannot_overflow(divergence: Divergence, dtype: torch.dt
         assert slope.isfinite().all()
     steps = divergence.f_prime(log_u.detach()).diff()
     assert (steps >= 0).all(), "f' of a convex f does not decrease"
+    if divergence.inadmissible is None:
+        assert steps[0] > 0, "nothing pulls a ratio back that has fallen to e^-10000"
+
+
+@each
+def test_generators_keep_relative_accuracy_in_float32(divergence: Divergence) -> None:
+    for size, tolerance in [(0.5, 1e-5), (1e-2, 5e-4)]:
+        log_u = torch.tensor([-size, size])
+        exact = log_u.double()
+        centred = divergence.f_prime(exact) - divergence.f_prime(torch.zeros_like(exact))
+        if centred.equal(divergence.f_prime(exact)):  # f'(1) = 0: close to 0 here, so worth knowing relatively
+            torch.testing.assert_close(divergence.f_prime(log_u).double(), centred, rtol=tolerance / 10, atol=0.0)
+        torch.testing.assert_close(divergence.f(log_u).double(), divergence.f(exact), rtol=tolerance, atol=0.0)
 
 
 @each

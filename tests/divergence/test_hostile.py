@@ -196,6 +196,11 @@ def test_finite_where_the_support_holds_though_the_kernel_sees_tiny_weights() ->
     assert ForwardKL()(model, target).item() == INF
     assert ReverseKL()(target, model).item() == INF
     assert ReverseChiSquared()(model, target).item() == INF
+    # Orders just outside [0, 1] take a mean of expm1, in which an entry of weight e^-200 does not appear at all.
+    target = torch.tensor([0.0, -200.0])
+    assert Alpha(-0.003)(model, target).item() == INF
+    assert Alpha(1.003)(target, model).item() == INF
+    assert Alpha(0.003)(model, target).item() < 1e-9
 
 
 def test_masks_by_the_lowest_float_count_as_excluded() -> None:
@@ -231,3 +236,20 @@ def test_user_functions_are_safe_too() -> None:
             continue  # p = e^-200 times the floor's 1e30 is 1e-57: such a user function cannot know
         assert value == pytest.approx(wanted, rel=1e-9, abs=1e-9)
         torch.testing.assert_close(gradient, wanted_gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_user_functions_with_infinite_slopes() -> None:
+    # d sqrt(p) / d log p is 0 * inf at p = 0: excluded entries do not move, whatever autograd says of them.
+    hellinger = RowFunction(lambda logp, logq: (logp.exp().sqrt() - logq.exp().sqrt()).square().sum(-1))
+    model, target = (row.double() for row in ROWS["excluded here and there"])
+    value, gradient = evaluate(hellinger, model, target)
+    wanted, wanted_gradient = evaluate(Hellinger(), model, target)
+    assert value == pytest.approx(wanted)
+    torch.testing.assert_close(gradient, wanted_gradient)
+
+
+def test_user_functions_with_infinite_values() -> None:
+    chi = RowFunction(lambda logp, logq: ((logp.exp() - logq.exp()).square() / logq.exp()).sum(-1))
+    value, gradient = evaluate(chi, noise(1).double(), cut(noise(2), 5, 15).double())
+    assert value == INF
+    assert not gradient.any()

@@ -70,6 +70,16 @@ def test_float64_is_the_definition(divergence: Divergence, distance: float) -> N
 
 
 @each
+def test_gradients_of_close_rows(divergence: Divergence) -> None:
+    model, target = pair_at(1e-2)
+    _, gradient = with_gradient(divergence, model, target)
+    _, wanted = brute_with_gradient(divergence, model, target)
+    assert relative(gradient, wanted) < 1e-9
+    _, gradient = with_gradient(divergence, model.float(), target.float())
+    assert relative(gradient, wanted) < 2e-3
+
+
+@each
 @pytest.mark.parametrize("distance", [3.0, 0.3])
 def test_float32_is_close_to_the_definition(divergence: Divergence, distance: float) -> None:
     model, target = pair_at(distance)
