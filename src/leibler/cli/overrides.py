@@ -77,14 +77,11 @@ def hints(of: Any) -> dict[str, Any]:
 def _hints_one_by_one(of: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for base in reversed(inspect.getmro(of)) if inspect.isclass(of) else [inspect.unwrap(of)]:
-        module = inspect.getmodule(base)
+        names = {**vars(typing), **vars(inspect.getmodule(base) or typing)}
         for name, annotation in getattr(base, "__annotations__", {}).items():
+            one = types.SimpleNamespace(__annotations__={name: annotation})
             try:
-                out[name] = (
-                    eval(annotation, dict(vars(module or typing)), dict(vars(typing)))
-                    if isinstance(annotation, str)
-                    else annotation
-                )
+                out |= typing.get_type_hints(one, names)
             except (NameError, TypeError, AttributeError, SyntaxError):
                 out.pop(name, None)
     return out
