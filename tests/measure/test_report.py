@@ -161,6 +161,7 @@ def test_every_section_of_a_distillation_is_there(page):
     assert "JensenShannon(teacher): Match(" in page.text  # the recipe's own description
     assert "Left out" not in page.text
     assert "Loss term" not in page.text  # the only term is the loss: shown once
+    assert "Loss, " not in page.text
 
 
 def test_the_text_is_shaded_by_the_divergence_at_each_token(page, runs):
@@ -194,6 +195,9 @@ def test_different_first_choices_are_marked_unless_nearly_all_are():
         return [token["differ"] for token in found["texts"][0]["tokens"]]
 
     same, other = view("a", "a"), view("a", "b")
+    calm = text_section([Text("", (same,))], "t")
+    assert calm is not None
+    assert 0 < float(calm["texts"][0]["tokens"][0]["shade"]) < 0.5  # 0.1 nats is little, also where nothing is more
     assert marks(same, other, same) == [False, True, False]
     assert marks(other, other, same) == [False, False, False]
     assert text_section([], "t") is None
@@ -604,6 +608,26 @@ def test_a_curve_goes_through_its_points():
     assert gap.count("h.01") == 1  # the lonely point is a dot
     stairs = [figures.Series("s", [0, 1], [0.0, 1.0], "stairs")]
     assert "H1000V" in str(figures.chart("T", "u", stairs))
+
+
+def test_a_term_that_only_repeats_a_divergence_is_drawn_once(tmp_path):
+    rows = [
+        {
+            "step": i,
+            "loss": 3.0,
+            "loss/KL(t)@a": 1.0,
+            "divergence/KL(t)@a": 1.0001,
+            "loss/KL(t)@b": 2.0,
+            "loss/other": 0.5,
+        }
+        for i in (1, 2)
+    ]
+    path = write_report(made(tmp_path / "r", rows))
+    assert path.read_text("utf-8").count("<b>KL to t, a</b>") == 1
+    page = read(path)
+    assert "Loss term: KL to t, a" not in page.text
+    assert "Loss term: KL to t, b" in page.text
+    assert "Loss term: Other" in page.text
 
 
 def test_a_table_takes_the_last_of_two_rows_with_one_step():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,12 @@ from leibler.measure.report.words import duration, number, percent, spell, unit
 
 SHARES = ("accuracy", "ece", "pass@")
 ORDER = ("accuracy", "pass@1", "pass@8", "ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "entropy", "ece")
-LESS_IS_MORE = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation", "ece")
+DIVERGENCES = ("ForwardKL", "ReverseKL", "JensenShannon", "TotalVariation")
 SHORT = {"accuracy": "Accuracy", "ece": "ECE", "TotalVariation": "Total variation", "entropy": "Entropy"}
+
+
+FULL = 0.25
+"""How much farther than the nearest a student must be for the darkest shade, at the least."""
 
 
 def sections(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def _value(model: Mapping[str, Any], name: str) -> float | None:
 
 def _name(model: Mapping[str, Any]) -> str:
     name = str(model.get("name") or "unnamed")
-    return spell(name) if name in ORDER else name
+    return re.sub(rf"\b({'|'.join(DIVERGENCES)})\b", lambda found: spell(found[0]), name)
 
 
 def _show(name: str, value: float | None) -> str:
@@ -98,7 +104,7 @@ def _matrix(models: Sequence[Mapping[str, Any]], trained: Sequence[str]) -> dict
         for name in columns:
             value = _value(model, name)
             nearest = value is not None and value == least[name]
-            spread = most[name] - least[name]
+            spread = max(most[name] - least[name], FULL * least[name])  # small differences look small
             above = (value - least[name]) / spread if value is not None and math.isfinite(value) and spread > 0 else 0.0
             if value is not None and math.isinf(value):
                 above = 1.0
@@ -187,7 +193,17 @@ def _runs(
     found, broken = [], []
     for number_, (place, name) in enumerate(named.items(), 1):
         try:
-            found.append(run.section(read_run(folder / place), None, f"run-{number_}", name))
+            section = run.section(read_run(folder / place), None, f"run-{number_}", name)
+            if section["commands"]["python"]:  # made by the demonstration's own program
+                again = f"leibler demo --out {shlex.quote(f'{folder.resolve()}-repeat')}"
+                section["commands"] = {
+                    "original": "",
+                    "repeat": again,
+                    "resume": "",
+                    "python": False,
+                    "relative": False,
+                }
+            found.append(section)
         except RunError as error:
             broken.append(f"{name}: {error}")
     return found, broken

@@ -30,8 +30,8 @@ def section(recorded: Recorded, measured: Measured | None, key: str = "run", nam
     slug = str(recorded.run.get("recipe"))
     return {
         "key": key,
-        "title": name or slug,
-        "slug": slug,
+        "title": name or ("A recipe of its own" if slug == "custom" else slug),
+        "slug": "a recipe of its own" if slug == "custom" else slug,
         "paper": _paper(slug),
         "status": _status(recorded),
         "headline": _headline(recorded),
@@ -130,9 +130,11 @@ def _groups(recorded: Recorded) -> list[tuple[str, list[Markup]]]:
         return [name for name in columns if name == prefix or name.startswith(prefix + "/")]
 
     terms = [name for name in columns if name.startswith("loss/")]
-    if len(terms) == 1 and _same(columns[terms[0]], columns.get("loss", ())):
-        columns.pop(terms[0])  # the only term is the loss
-        terms = []
+    for name in terms:
+        # With one term the loss is that term; and the value of a matched divergence is drawn as a divergence.
+        twins = (columns.get("divergence/" + name[5:]), columns.get("loss") if len(terms) == 1 else None)
+        if any(_same(columns[name], twin) for twin in twins if twin is not None):
+            columns.pop(name)
     take(begin("reward"), 3)
     take([name for name in columns if name.startswith("divergence/")], 2, "divergence/")
     take(["loss"], 1)
@@ -147,7 +149,7 @@ def _groups(recorded: Recorded) -> list[tuple[str, list[Markup]]]:
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:
-    return len(a) == len(b) and all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in zip(a, b))
+    return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-9) or (x != x and y != y) for x, y in zip(a, b, strict=True))
 
 
 def _validation(recorded: Recorded) -> list[Markup]:

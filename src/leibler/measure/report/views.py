@@ -14,6 +14,8 @@ from leibler.measure.report.figures import Axis, Series
 from leibler.measure.report.measured import Measured, Reliability, Text
 from leibler.measure.report.words import SHARES, number, percent, plural, spell, unit
 
+LEAST_SCALE = 0.25
+"""Nats that the darkest shade stands for at least: two models that agree everywhere must not look far apart."""
 MOST_MARKED = 0.5
 """The share of tokens with different first choices up to which each is marked; more marks than that say nothing."""
 
@@ -24,7 +26,7 @@ def text_section(texts: Sequence[Text], target: str) -> dict[str, Any] | None:
         return None
     values = sorted(max(v.reverse_kl, 0.0) for text in texts for v in text.tokens if math.isfinite(v.reverse_kl))
     # The largest value but for the topmost twentieth: one odd token must not make all others look alike.
-    top = max(values[min(len(values) - 1, int(0.95 * len(values)))] if values else 0.0, 1e-6)
+    top = max(values[min(len(values) - 1, int(0.95 * len(values)))] if values else 0.0, LEAST_SCALE)
     every = [v for text in texts for v in text.tokens]
     differing = sum(map(_differ, every)) / len(every)
     mark = differing <= MOST_MARKED
@@ -60,7 +62,7 @@ def text_section(texts: Sequence[Text], target: str) -> dict[str, Any] | None:
         "scale": number(top),
         "more": largest > top * 1.001,
         "detail": {"target": target, "tokens": detail},
-        "marked": mark,
+        "marked": mark and differing > 0,
         "differing": percent(differing),
         "mean": number(sum(values) / len(values)) if values else "–",
         "largest": number(largest),

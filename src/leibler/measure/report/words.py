@@ -9,6 +9,8 @@ from collections.abc import Sequence
 _NATS = ("KL", "Jeffreys", "JensenShannon", "Renyi", "CauchySchwarz", "Skew", "Entropy")
 SHARES = ("accuracy", "token_accuracy", "pass@", "calibration_error", "ece")
 """How the names of metrics begin that are shown in per cent."""
+# the name, what it is measured to, and the stream of rows it is measured on: name(target)@stream or name/stream
+_PARTS = re.compile(r"(pass@[^(/]*|[^(@/]*)(?:\(([^()]*)\))?(?:[@/](.*)|.*)", re.DOTALL)
 _SPELT = {
     "ForwardKL": "Forward KL",
     "ReverseKL": "Reverse KL",
@@ -46,19 +48,16 @@ def spell(name: str) -> str:
     """A metric's or divergence's name for people.
 
     Example:
-        >>> spell("ReverseKL(reference)"), spell("grad_norm"), spell("SomethingNew")
-        ('Reverse KL to reference', 'Grad norm', 'Something new')
+        >>> spell("ReverseKL(reference)"), spell("ForwardKL(teacher)@task"), spell("grad_norm"), spell("pass@8")
+        ('Reverse KL to reference', 'Forward KL to teacher, task', 'Grad norm', 'Pass@8')
     """
-    head, _, inside = name.partition("(")
-    base, slash, stream = head.partition("/")
+    base, inside, stream = _PARTS.fullmatch(name).groups()  # type: ignore[union-attr]  # it matches every text
     spelt = _SPELT.get(base)
     if spelt is None:
-        spelt = base if base[:5] == "pass@" else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base).replace("_", " ").lower()
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", base).replace("_", " ").split(" ")
+        spelt = " ".join(word if word.isupper() else word.lower() for word in words)
         spelt = spelt[:1].upper() + spelt[1:]
-    inside = inside.removesuffix(")")
-    if inside:
-        spelt += f" to {inside}"
-    return spelt + (f", {stream}" if slash and stream else "")
+    return spelt + (f" to {inside}" if inside else "") + (f", {stream}" if stream else "")
 
 
 def unit(name: str) -> str:
