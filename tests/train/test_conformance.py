@@ -261,6 +261,20 @@ def test_optimiser_batches_of_a_stale_draw(chosen: Case):
             assert torch.equal(value, expected)
 
 
+@every_case
+def test_a_process_without_rows_takes_part(chosen: Case):
+    """Stages may leave one process nothing: it computes the same sums, of nothing."""
+    made = prepare(chosen)
+    none = torch.tensor([], dtype=torch.long)
+    drawn = {name: rows.select(none) for name, rows in made.rows.items()}
+    views = made.engine().annotate(drawn, 3, made.states)
+    for name, view in views.items():
+        assert view.signals.keys() == made.views[name].signals.keys()
+    found, step = gradient(made, views=views)
+    assert size(found) == 0
+    assert step.metrics["tokens"] == step.metrics["loss"] == 0
+
+
 def test_a_muting_stage_is_at_work_in_disco():
     made = prepare(case("disco", group_size=4))
     rows = made.views["main"].rows

@@ -173,6 +173,11 @@ def test_processes_share_out_the_groups_of_one_draw(models, source: Source):
     assert together.groups == whole["main"].groups
 
 
+def test_a_batch_too_small_to_share(models):
+    with pytest.raises(DataError, match="a batch of 2 groups cannot be shared by 3 processes; raise batch_size"):
+        OnPolicy(4).draw(context(models, rank=2, world=3), {})
+
+
 def test_a_limit_and_a_size_of_its_own(models):
     rows = OnPolicy(2, rows=4, max_new_tokens=2).draw(context(models), {})[0]["main"]
     assert len(rows) == 4

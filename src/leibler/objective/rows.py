@@ -173,6 +173,13 @@ class View:
     step: int = 0
     states: Mapping[Hashable, Any] = field(default_factory=dict)
     events: Int[Tensor, " n"] | None = None
+    together: Callable[[Tensor], Tensor] | None = None
+    """Adds numbers up over all processes, where there are several."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the batch of all processes (statistics of a draw are of all its rows)."""
+        total = value.sum()
+        return total if self.together is None else self.together(total)
 
     def get(self, need: Need) -> Tensor:
         """The numbers of a need: ``[events]`` (or ``[n]`` in a slice)."""
@@ -229,28 +236,20 @@ class View:
         return "batch" if isinstance(signal, (int, float)) else signal.reach
 
     def detached(self) -> View:
-        return View(
-            self.rows,
-            {n: v.detach() for n, v in self.values.items()},
-            self.signals,
-            self.step,
-            self.states,
-            self.events,
-        )
+        return replace(self, values={n: v.detach() for n, v in self.values.items()})
 
     def with_values(self, values: Mapping[Need, Tensor]) -> View:
-        return View(self.rows, {**self.values, **values}, self.signals, self.step, self.states, self.events)
+        return replace(self, values={**self.values, **values})
 
     def with_signals(self, signals: Mapping[Signal, Tensor]) -> View:
-        return View(self.rows, self.values, {**self.signals, **signals}, self.step, self.states, self.events)
+        return replace(self, signals={**self.signals, **signals})
 
     def at(self, step: int, states: Mapping[Hashable, Any]) -> View:
-        return View(self.rows, self.values, self.signals, step, states, self.events)
+        return replace(self, step=step, states=states)
 
     def slice(self, events: Int[Tensor, " n"]) -> View:
         """The view of some events only (whole-view values are cut, nothing else is)."""
-        values = {n: v[events] for n, v in self.values.items()}
-        return View(self.rows, values, self.signals, self.step, self.states, events)
+        return replace(self, values={n: v[events] for n, v in self.values.items()}, events=events)
 
     def select(self, index: Int[Tensor, " chosen"]) -> View:
         """The view of some whole rows."""
@@ -262,12 +261,12 @@ class View:
         def cut(signal: Signal, value: Tensor) -> Tensor:
             return value if value.ndim == 0 else value[events] if signal.reach == "token" else value[index]
 
-        return View(
-            self.rows.select(index),
-            {n: v[events] for n, v in self.values.items()},
-            {s: cut(s, v) for s, v in self.signals.items()},
-            self.step,
-            self.states,
+        return replace(
+            self,
+            rows=self.rows.select(index),
+            values={n: v[events] for n, v in self.values.items()},
+            signals={s: cut(s, v) for s, v in self.signals.items()},
+            events=None,
         )
 
 

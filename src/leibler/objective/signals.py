@@ -309,7 +309,8 @@ class GroupNormalised(Shaper):
         if self.std is None:
             return centred
         if self.std == "batch":
-            return centred / (centred.pow(2).mean().sqrt() + self.eps)
+            spread = view.total(centred.pow(2)) / view.total(torch.ones_like(centred)).clamp_min(1)
+            return centred / (spread.sqrt() + self.eps)
         size = group_sum(torch.ones_like(value), view.rows)
         unbiased = group_sum(centred * centred, view.rows) / (size - 1).clamp_min(1)
         return centred / (unbiased.sqrt() + self.eps)
@@ -337,8 +338,9 @@ class Whitened(Shaper):
     centre: bool = True
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        mean = value.mean()
-        spread = (value - mean).pow(2).mean().sqrt()
+        count = view.total(torch.ones_like(value)).clamp_min(1)
+        mean = view.total(value) / count
+        spread = (view.total((value - mean).pow(2)) / count).sqrt()
         return (value - mean if self.centre else value) / (spread + self.eps)
 
 

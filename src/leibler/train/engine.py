@@ -49,7 +49,8 @@ class Engine:
         modules: trained side modules by name.
         temperature: every log-prob is taken at the sampling temperature.
         micro_rows: rows in a micro-batch at most; None: as many as ``micro_tokens`` allows.
-        backward, reduce: the accelerator's.
+        backward: the accelerator's.
+        reduce, most, world: the sum of a tensor and the largest of a number over all processes, and how many they are.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Engine:
         seed: int = 0,
         backward: Callable[[Tensor], None] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        most: Callable[[int], int] | None = None,
         world: int = 1,
     ) -> None:
         self.recipe = recipe
@@ -77,6 +79,7 @@ class Engine:
         self.seed = seed
         self.backward = backward or (lambda loss: loss.backward())
         self.reduce = reduce or (lambda x: x)
+        self.most = most or (lambda n: n)
         self.world = world
         self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
         self.names = _names(recipe.objective.terms)
@@ -91,9 +94,7 @@ class Engine:
         return {s: self._annotate(self.plans[s], rows.to(self.device), step, states) for s, rows in drawn.items()}
 
     def _annotate(self, plan: StreamPlan, rows: Rows, step: int, states: Mapping[Hashable, Any]) -> View:
-        view = View(rows, {}, {}, step, states)
-        if not len(rows):
-            return view
+        view = View(rows, {}, {}, step, states, together=self.reduce if self.world > 1 else None)
         values: dict[Need, Tensor] = {}
         with torch.no_grad(), self._evaluating():
             if LogProb(Behaviour()) in plan.constants:
@@ -164,21 +165,28 @@ class Engine:
             plan = self.plans[stream]
             if plan.terms or plan.side:
                 self._accumulate(plan, view, counts, log, step)
+        if self.world > 1:
+            # The wrapper averages the policy's gradient over the processes; side modules have none.
+            for parameter in (p for module in self.modules.values() for p in module.parameters()):
+                local = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.reduce(local) / self.world
         self._finish(views, counts, log, step)
         return step
 
     def _accumulate(self, plan: StreamPlan, view: View, counts: dict[int, float], log: _Log, step: Step) -> None:
-        if not len(view.rows):
-            return
         cuts = self._cut(view.rows, whole_groups=plan.kind == "two-pass head")
         replay = plan.kind == "survey and replay" or (
-            plan.kind == "two-pass head" and self.micro_rows is not None and max(map(len, cuts)) > self.micro_rows
+            plan.kind == "two-pass head"
+            and self.micro_rows is not None
+            and self.most(max(map(len, cuts), default=0)) > self.micro_rows
         )
         if replay:
             cuts = self._cut(view.rows, whole_groups=False)
         surveyed = self._survey(plan, view, cuts) if plan.survey or replay else None
         scales = self._scales(plan, view, surveyed, counts, step)
         cotangents = self._cotangents(plan, surveyed, scales, log) if replay and surveyed is not None else None
+        # Asked before the first backward pass: until the last one the processes speak of gradients only.
+        idle = self.most(len(cuts)) - len(cuts)
         for number, index in enumerate(cuts):
             micro = view.select(index)
             with self._dropout(view.step, plan.stream, number):
@@ -201,6 +209,14 @@ class Engine:
                 total = self._sum(plan.terms, whole, scales, log).sum()
                 log.values(plan, whole.detached())
             self.backward((total if loss is None else total + loss) * self.world)
+        for _ in range(idle):
+            self._idle()
+
+    def _idle(self) -> None:
+        """A backward pass of zeros, so that every process takes part in as many as the busiest."""
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        head = [t.sum() for t in self.models["policy"].head() if t is not None]
+        self.backward(0.0 * (self.policy(one, one.bool()).sum() + sum(head)))
 
     def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
         """All of the policy's numbers over the optimiser batch, without gradient."""
@@ -238,6 +254,8 @@ class Engine:
     def _cotangents(self, plan: StreamPlan, surveyed: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
         """The derivative of the objective by each number per event, ``[wants, events]``."""
         values = torch.stack([surveyed.values[n] for n in plan.wants]).requires_grad_()
+        if not len(surveyed.rows):
+            return torch.zeros_like(values)
         with torch.enable_grad():
             view = surveyed.with_values(self._named(plan, values))
             total = self._sum(plan.terms, view, scales, log).sum()
@@ -325,7 +343,7 @@ class Engine:
                 current = [unit]
             else:
                 current.append(unit)
-        return [*cuts, torch.cat(current)]
+        return [*cuts, torch.cat(current)] if current else []
 
     def _counts(self, views: Mapping[str, View]) -> dict[int, float]:
         """Each term's denominator over the optimiser batch of all processes."""
@@ -337,11 +355,14 @@ class Engine:
 
     def _finish(self, views: Mapping[str, View], counts: dict[int, float], log: _Log, step: Step) -> None:
         totals = log.totals()
-        keys = sorted(totals)
-        packed = self.reduce(torch.tensor([totals[k] for k in keys], dtype=torch.float64, device=self.device)).tolist()
+        # The same keys on every process, also on one that had no row.
+        kinds = ("loss", "support_violations", "divergence", "events", "sequences")
+        keys = ["entropy", "events", *(f"{kind}/{name}" for name in self.names.values() for kind in kinds)]
+        local = torch.tensor([totals.get(k, 0.0) for k in keys], dtype=torch.float64, device=self.device)
+        packed = self.reduce(local).tolist()
         sums = dict(zip(keys, packed, strict=True))
         loss = 0.0
-        rows = sum(len(v.rows) for v in views.values())
+        rows = float(self.reduce(torch.tensor(float(sum(len(v.rows) for v in views.values())), device=self.device)))
         for term in self.recipe.objective.terms:
             name, count = self.names[id(term)], counts[id(term)]
             value = sums.get(f"loss/{name}", 0.0) / count
@@ -365,7 +386,7 @@ class Engine:
         if sums.get("events", 0):
             step.metrics["entropy"] = sums["entropy"] / sums["events"]
         step.metrics["tokens"] = sums.get("events", 0.0)
-        step.metrics["rows"] = float(rows)
+        step.metrics["rows"] = rows
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -39,6 +39,12 @@ class Lines:
         self.file.close()
 
 
+def last_line(path: Path) -> dict[str, Any]:
+    """The last object of a JSON-lines file; empty if there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
 SHOWN = ("loss", "reward", "divergence", "entropy")
 
 

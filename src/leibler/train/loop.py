@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ from leibler.train.log import Lines, Progress
 from leibler.train.models import Trained, resolve
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
+from leibler.train.result import Run, finished
 from leibler.train.sources import Context
 from leibler.train.validation import validate
 
@@ -31,23 +33,6 @@ if TYPE_CHECKING:
 
 EMPTY_DRAWS = 20
 """Draws in a row that may leave no row to learn from before the run stops with a diagnosis."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        out: its directory.
-        policy: the trained model.
-        metrics: the last step's.
-        validation: the last validation's, if there was one.
-    """
-
-    out: Path
-    policy: CausalLM
-    metrics: Mapping[str, float]
-    validation: Mapping[str, float]
 
 
 def fit(
@@ -69,7 +54,7 @@ def fit(
 
     Args:
         recipe: a `Recipe`, or the slug of a published one.
-        student: the model to train: a directory, a hub id or a `CausalLM`.
+        student: the model to train: a directory, a hub id or a `CausalLM` (which is trained in place).
         data: records (a file, ``task:NAME``, ``corpus:stdlib``, a Datasets object, a list of dicts), or a mapping of
             names to such when the recipe draws from several.
         out: the run directory; it must not hold another run.
@@ -99,6 +84,8 @@ def fit(
         >>> sorted(p.name for p in run.out.iterdir() if p.name != "checkpoints")[:2]
         ['final', 'metrics.jsonl']
     """
+    from accelerate import Accelerator
+
     options = replace(options or Options(), **changes)
     if isinstance(recipe, str):
         from leibler import recipes
@@ -106,14 +93,25 @@ def fit(
         origin = origin or {"recipe": recipe}
         recipe = recipes.get(recipe)
     out = Path(out)
-    setup.claim_directory(out, resume=resume)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with="tensorboard" if options.tensorboard else None,
+        project_dir=str(out),
+    )
+    # The first process claims the directory before the others look whether it is free.
+    with accelerator.main_process_first():
+        made = setup.claim_directory(out, resume=resume)
+    if resume and (out / "final").exists() and checkpoint.latest(out / "checkpoints")[0] is None:
+        return finished(out, options, quiet)
     try:
-        trainer = _Trainer(recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet)
+        trainer = _Trainer(
+            recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet, accelerator
+        )
     except BaseException:
-        if not resume and out.is_dir() and not any(p for p in out.rglob("*") if p.is_file()):
+        if made:
             setup.remove_empty(out)
         raise
-    if not resume:
+    if not resume and trainer.main:
         given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
         setup.write_run_file(out, origin or {"recipe": "custom"}, given, options, trainer.recipe, trainer.identity)
     return trainer.run()
@@ -132,15 +130,10 @@ class _Trainer:
         options: Options,
         resume: bool,
         quiet: bool,
+        accelerator: Accelerator,
     ) -> None:
-        from accelerate import Accelerator
-
         self.recipe, self.options, self.out, self.quiet = recipe, options, out, quiet
-        self.accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            log_with="tensorboard" if options.tensorboard else None,
-            project_dir=str(out),
-        )
+        self.accelerator = accelerator
         policy = setup.load_model(student, options, trained=True, key="student")
         policy.requires_grad_(True) if not policy.has_adapter else None
         given = setup.load_models(recipe, teacher, models, options)
@@ -185,6 +178,7 @@ class _Trainer:
             seed=options.seed,
             backward=self.accelerator.backward,
             reduce=_summed(self.accelerator) if world > 1 else None,
+            most=_largest(self.accelerator) if world > 1 else None,
             world=world,
         )
         self.step = self.draw = 0
@@ -211,10 +205,11 @@ class _Trainer:
         empty = 0
         try:
             with interruptible(self._request_stop):
-                while self.step < self.options.steps and not self.stop:
+                while self.step < self.options.steps and not self._anywhere(self.stop):
                     self._refresh_rounds()
+                    started = time.monotonic()
                     drawn = self._draw()
-                    if not any(len(rows) for rows in drawn.values()):
+                    if not self._anywhere(any(len(rows) for rows in drawn.values())):
                         empty += 1
                         if empty >= EMPTY_DRAWS:
                             raise RunError(
@@ -223,9 +218,9 @@ class _Trainer:
                             )
                         continue
                     empty = 0
-                    self._use(drawn, progress)
+                    self._use(drawn, progress, started)
                     self._due()
-            if self.stop:
+            if self._anywhere(self.stop):
                 self._save()
                 progress.say(f"interrupted after step {self.step}; go on with: leibler train --resume {self.out}")
                 raise KeyboardInterrupt
@@ -240,6 +235,10 @@ class _Trainer:
         if self.options.tensorboard:
             self.accelerator.end_training()
         return Run(self.out, self.models["policy"].eval(), self.last, self.validated)
+
+    def _anywhere(self, here: bool) -> bool:
+        """True if it is true of some process."""
+        return bool(self.engine.most(int(here)))
 
     def _draw(self) -> dict[str, Rows]:
         schedule = self.recipe.schedule
@@ -261,8 +260,8 @@ class _Trainer:
         self.draw += 1
         return drawn
 
-    def _use(self, drawn: Mapping[str, Rows], progress: Progress) -> None:
-        started = time.monotonic()
+    def _use(self, drawn: Mapping[str, Rows], progress: Progress, started: float) -> None:
+        """The optimiser steps of one draw; ``started`` says when the draw began, so that sampling counts as time."""
         views = self.engine.annotate(drawn, self.step, self.states)
         measured = self.engine.measured(views)
         heard = measured.own
@@ -288,16 +287,24 @@ class _Trainer:
         for epoch in range(schedule.epochs):
             parts = {}
             for stream, view in views.items():
-                order = torch.randperm(
-                    view.rows.groups, generator=generator(self.options.seed, f"minibatch/{stream}", self.draw, epoch)
-                )
-                parts[stream] = [order[i :: schedule.minibatches] for i in range(schedule.minibatches)]
-            for number in range(schedule.minibatches):
+                source = generator(self.options.seed, f"minibatch/{stream}", self.draw, epoch)
+                number = self._group_numbers(view.rows)
+                # All processes cut the same order of the groups that are left on any of them.
+                total = self.engine.most(int(number.max()) + 1 if len(number) else 0)
+                left = torch.zeros(total, device=number.device).index_fill(0, number, 1.0)
+                left = self.engine.reduce(left).cpu() > 0
+                order = torch.randperm(total, generator=source)
+                parts[stream] = order[left[order]]
+            for at in range(schedule.minibatches):
                 batch = {}
                 for stream, view in views.items():
-                    chosen = torch.isin(view.rows.group_index.cpu(), parts[stream][number])
-                    batch[stream] = view.select(chosen.nonzero()[:, 0].to(view.rows.tokens.device))
+                    here = parts[stream][at :: schedule.minibatches].to(view.rows.tokens.device)
+                    batch[stream] = view.select(torch.isin(self._group_numbers(view.rows), here).nonzero()[:, 0])
                 yield {s: v.at(self.step, self.states) for s, v in batch.items()}
+
+    def _group_numbers(self, rows: Rows) -> torch.Tensor:
+        """The number of each row's group among those of all processes."""
+        return rows.group * self.accelerator.num_processes + self.accelerator.process_index
 
     def _optimise(self, batch: Mapping[str, View], heard: Mapping[Hashable, Mapping[str, float]]) -> Step:
         rate = self.options.rate(self.step)
@@ -373,8 +380,6 @@ class _Trainer:
 
     def _say(self, message: str) -> None:
         if not self.quiet and self.main:
-            import sys
-
             print(message, file=sys.stderr, flush=True)
 
     def _on(self, every: int) -> bool:
@@ -455,21 +460,33 @@ class _Trainer:
             self._say(complaint)
         if path is None:
             # Interrupted before the first checkpoint: the same run from its first step.
-            for file in (self.metrics, self.timings, self.samples, self.validations):
-                file.cut(0)
+            self._cut(dict.fromkeys(("metrics.jsonl", "timings.jsonl", "samples.jsonl", "validation.jsonl"), 0))
             return
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
         self.source_state = state["source"]
         self.states = dict(zip(self.stateful, state["signals"], strict=True))
         self.last, (self.validated_at, self.validated) = state["last"], state["validated"]
-        for file in (self.metrics, self.timings, self.samples, self.validations):
-            file.cut(state["lengths"][file.path.name])
+        self._cut(state["lengths"])
         self.saved_at = self.step
+
+    def _cut(self, lengths: Mapping[str, int]) -> None:
+        """Drop the lines of steps that are done again."""
+        if self.main:
+            for file in (self.metrics, self.timings, self.samples, self.validations):
+                file.cut(lengths[file.path.name])
 
 
 def _summed(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: cast(torch.Tensor, accelerator.reduce(x, "sum"))
+
+
+def _largest(accelerator: Accelerator) -> Callable[[int], int]:
+    def most(number: int) -> int:
+        every = cast(torch.Tensor, accelerator.gather(torch.tensor([number], device=accelerator.device)))
+        return int(every.max())
+
+    return most
 
 
 def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:

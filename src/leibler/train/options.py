@@ -22,7 +22,8 @@ class Options:
         max_new_tokens, temperature: of sampled responses; every log-prob is taken at this temperature.
         seed: all randomness is derived from it.
         save_every: optimiser steps between checkpoints (0: only when interrupted); ``keep`` newest stay.
-        validate_every: optimiser steps between validations (0: at the end only, if there is validation data).
+        validate_every: optimiser steps between validations (0: at the end only, if there is validation data); the first
+            128 records are used.
         sample_every: steps between the samples that are written down.
         adapter_rank: train a LoRA adapter of this rank instead of the weights.
         gradient_checkpointing, dtype: as in Transformers.

@@ -160,9 +160,13 @@ def _exactness(recipe: Recipe) -> list[str]:
 
 def _schedule(recipe: Recipe) -> list[str]:
     s = recipe.schedule
-    used = "once" if s.single_use else f"in {s.epochs} epochs of {s.minibatches} optimiser batches"
+    used = "once" if s.single_use else f"in {_many(s.epochs, 'epoch')} of {_many(s.minibatches, 'optimiser batch')}"
     rounds = f", rounds of {s.steps_per_round} steps" if s.steps_per_round else ""
     return [f"  schedule: each draw is used {used}{rounds}"]
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('ch') else 's'}"
 
 
 def _need(need: Need) -> str:

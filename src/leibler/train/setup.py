@@ -28,23 +28,27 @@ ASIDE = "set_aside"
 COMMANDS = ("leibler", "__main__.py")
 
 
-def claim_directory(out: Path, *, resume: bool) -> None:
-    """Make the run directory, or refuse one that holds something else."""
+def claim_directory(out: Path, *, resume: bool) -> bool:
+    """Make the run directory, or refuse one that holds something else; True if it was not there before."""
     if resume:
         if not (out / RUN_FILE).exists():
             raise RunError(f"{out} holds no run to resume (it has no {RUN_FILE}); check the path.")
-        return
+        return False
     if out.is_file():
         raise RunError(f"out={out} is a file; give a directory.")
     # Rows that an earlier, refused attempt set aside are no run.
     if out.exists() and any(p.name != ASIDE for p in out.iterdir()):
         what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
         raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
+    made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
+    return made
 
 
 def remove_empty(out: Path) -> None:
-    """Remove a directory tree that holds no file: what a refused run leaves behind."""
+    """Remove a directory tree unless it holds a file: what a refused run leaves behind."""
+    if any(p.is_file() for p in out.rglob("*")):
+        return
     for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
         folder.rmdir()
     out.rmdir()

@@ -56,6 +56,8 @@ class Context:
 
     def share(self, n: int) -> range:
         """The part of ``n`` whole groups that this process works on."""
+        if n < self.world:
+            raise DataError(f"a batch of {n} groups cannot be shared by {self.world} processes; raise batch_size.")
         return range(self.rank, n, self.world)
 
 
