@@ -15,6 +15,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: help setup demo test test-slow lint bench soak docs verify clean
 
