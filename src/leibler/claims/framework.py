@@ -73,7 +73,7 @@ def claim(slug: str, text: str, expected: str, full: bool = False) -> Callable[[
         expected: what must be observed, with its tolerance.
         full: it takes more than a few seconds; it runs only with ``--full``.
 
-    Example:
+    Examples:
         >>> @claim("kd", "one and one is two", "2")
         ... def arithmetic():
         ...     return str(1 + 1), 1 + 1 == 2

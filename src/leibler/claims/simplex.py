@@ -27,7 +27,7 @@ def tilt(
 ) -> Float[Tensor, "*contexts actions"]:
     """Log-probabilities of ``argmax_p E_p[reward] - beta KL(p || ref)``: ``ref exp(reward / beta)``, normalised.
 
-    Example:
+    Examples:
         >>> import math
         >>> even = torch.zeros(2, dtype=torch.float64).log_softmax(-1)
         >>> p = tilt(even, torch.tensor([0.0, 1.0]), beta=0.5).exp()
@@ -86,7 +86,7 @@ def minimise(
         tolerance: the largest gradient entry at which to stop.
         iterations: at most so many.
 
-    Example:
+    Examples:
         >>> target = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
         >>> found = minimise(lambda z: -(target * z.log_softmax(-1)).sum(), torch.zeros(3))
         >>> torch.allclose(found.softmax(-1), target)
@@ -123,7 +123,7 @@ def enumerate_sequences(
     Returns:
         ``[sequences time]`` symbols (0 after the end), and true at the symbols up to and with the end.
 
-    Example:
+    Examples:
         >>> symbols, mask = enumerate_sequences(2, 2, eos=0)
         >>> [row[keep].tolist() for row, keep in zip(symbols, mask)]
         [[0], [1, 0], [1, 1]]
@@ -139,7 +139,7 @@ def enumerate_sequences(
 def contexts(sequences: Int[Tensor, "sequences time"], vocab: int) -> Int[Tensor, "sequences time"]:
     """The row of a table of ``prefixes`` logits that predicts each position: prefixes in order of length, then symbols.
 
-    Example:
+    Examples:
         >>> contexts(torch.tensor([[1, 0, 1]]), vocab=2).tolist()
         [[0, 2, 5]]
     """
@@ -153,7 +153,7 @@ def contexts(sequences: Int[Tensor, "sequences time"], vocab: int) -> Int[Tensor
 def prefixes(vocab: int, length: int) -> int:
     """How many contexts an autoregressive table needs: ``1 + vocab + ... + vocab ** (length - 1)``.
 
-    Example:
+    Examples:
         >>> prefixes(vocab=3, length=3)
         13
     """

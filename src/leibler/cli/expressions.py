@@ -50,7 +50,7 @@ def evaluate(text: str) -> Any:
     Raises:
         ExpressionError: not in the grammar, an unknown name, or a part that refuses its arguments.
 
-    Example:
+    Examples:
         >>> evaluate("[1, 2.5, 'a']")
         [1, 2.5, 'a']
     """

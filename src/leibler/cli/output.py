@@ -16,7 +16,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | 
         rows: one cell per column each.
         width: characters per line; by default the terminal's, and no wrapping elsewhere.
 
-    Example:
+    Examples:
         >>> print(table(["slug", "year"], [["kd", 2015], ["minillm", 2023]]))
         slug     year
         kd       2015

@@ -31,7 +31,7 @@ def split(arguments: Iterable[str]) -> dict[str, str]:
     Raises:
         RecipeError: an argument without ``=``, or a key given twice.
 
-    Example:
+    Examples:
         >>> split(["steps=200", "data=task:addition:digits=2"])
         {'steps': '200', 'data': 'task:addition:digits=2'}
     """
@@ -93,7 +93,7 @@ def _hints_one_by_one(of: Any) -> dict[str, Any]:
 def describe(annotation: Any) -> str:
     """An annotation in words, for messages.
 
-    Example:
+    Examples:
         >>> describe(int | None)
         'a whole number or none'
     """
@@ -129,7 +129,7 @@ def convert(text: str, annotation: Any = UNKNOWN, key: str = "value") -> Any:
     Raises:
         RecipeError: the text cannot be read so; the message names key, value and expected type.
 
-    Example:
+    Examples:
         >>> convert("1e-3", float), convert("none", int | None), convert("1,2", tuple[int, ...])
         (0.001, None, (1, 2))
         >>> convert("many", int, "steps")
@@ -357,7 +357,7 @@ def paths(value: Any, prefix: str = "", depth: int = 6) -> list[str]:
 def leaves(value: Any, prefix: str = "", depth: int = 8) -> dict[str, Any]:
     """The places of a value that have no parts of their own, by dotted path.
 
-    Example:
+    Examples:
         >>> leaves({"a": (1, 2.5)})
         {'a.0': 1, 'a.1': 2.5}
     """

@@ -23,7 +23,7 @@ def evaluate(text: str) -> tuple[Fraction, list[int]]:
     Raises:
         NotAnExpression: the text is anything else, longer than ``MAX_LENGTH``, or divides by zero.
 
-    Example:
+    Examples:
         >>> evaluate("(3 + 5) * 2 / 4")
         (Fraction(4, 1), [3, 5, 2, 4])
     """

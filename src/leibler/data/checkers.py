@@ -18,7 +18,7 @@ def normalised(text: str) -> str:
     Canonical Unicode form, no case, single blanks, no final full stop; a plain number in its shortest form.
     (Not the compatibility form, which would turn x² into x2.)
 
-    Example:
+    Examples:
         >>> normalised("  The  Answer. "), normalised("1,200.0"), normalised("x²")
         ('the answer', '1200', 'x²')
     """
@@ -40,7 +40,7 @@ def matches_answer(record: Record, text: str) -> float:
     Raises:
         DataError: the record has no answer.
 
-    Example:
+    Examples:
         >>> matches_answer(Record("Capital of France?", answer="Paris"), " paris.")
         1.0
         >>> matches_answer(Record("Capital of France?", answer="Paris"), "Paris or Rome")

@@ -62,7 +62,7 @@ def stdlib_documents(what: What = "all", *, ascii_only: bool = True, root: str |
     Raises:
         DataError: ``what`` is unknown, or there is no Python source in the folder.
 
-    Example:
+    Examples:
         >>> documents = stdlib_documents("source")
         >>> "json/decoder.py" in [document.file for document in documents]
         True
@@ -86,7 +86,7 @@ def pieces(text: str, length: int) -> Iterator[tuple[int, str]]:
 
     The pieces joined are the text. A line longer than ``length`` is cut within.
 
-    Example:
+    Examples:
         >>> list(pieces("one\\ntwo\\nthree\\n", 8))
         [(0, 'one\\ntwo\\n'), (2, 'three\\n')]
     """
@@ -133,7 +133,7 @@ def stdlib(
     Raises:
         DataError: an argument is out of range or nothing is left.
 
-    Example:
+    Examples:
         >>> data = stdlib(length=200, limit=4, part="heldout")
         >>> len(data), data.kind, max(len(r.prompt) + len(r.completion) for r in data) <= 200
         (4, 'completions', True)

@@ -18,7 +18,7 @@ def digest(*parts: object) -> int:
     Args:
         parts: numbers and strings; their order and their boundaries count.
 
-    Example:
+    Examples:
         >>> digest("order", 0, 1) == digest("order", 0, 1)
         True
         >>> digest("ab", "c") == digest("a", "bc")
@@ -35,7 +35,7 @@ def digest(*parts: object) -> int:
 def generator(*parts: object) -> random.Random:
     """A fresh generator for one row of one purpose.
 
-    Example:
+    Examples:
         >>> generator("row", 3).random() == generator("row", 3).random()
         True
     """
@@ -48,7 +48,7 @@ def permutation(n: int, *parts: object) -> list[int]:
     Every index is hashed with SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators",
     2014) from a start that the parts give, and the indices are sorted by their hash; ties keep their order.
 
-    Example:
+    Examples:
         >>> sorted(permutation(5, "order", 7))
         [0, 1, 2, 3, 4]
     """

@@ -57,7 +57,7 @@ def load(
     Raises:
         DataError: nothing can be read (no such file, unknown task, not Parquet) or no usable row is left.
 
-    Example:
+    Examples:
         >>> data = load([{"prompt": "2+2=", "answer": "4"}, {"prompt": "1+1=", "answer": "2"}], needs=("prompt",))
         >>> len(data), data.check(data[0], " 4 ")
         (2, 1.0)

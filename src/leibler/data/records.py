@@ -35,7 +35,7 @@ class Record:
         source: where the record comes from, as ``file:line``.
         extra: every other column of the row.
 
-    Example:
+    Examples:
         >>> Record("2+2=", completion="4", extra={"level": 1}).get("level")
         1
     """
@@ -93,7 +93,7 @@ class Dataset:
         set_aside_summary: how many rows were set aside for each reason.
         set_aside_path: the file that the rows set aside were written to, if any was.
 
-    Example:
+    Examples:
         >>> data = Dataset((Record("a"), Record("b"), Record("c")), name="letters")
         >>> len(data), data[0].prompt, data.kind
         (3, 'a', 'prompts')
@@ -182,7 +182,7 @@ class Dataset:
         Raises:
             DataError: the fraction is not between 0 and 1, or there are fewer than two different prompts.
 
-        Example:
+        Examples:
             >>> data = Dataset(tuple(Record(str(i)) for i in range(10)), name="digits")
             >>> [len(part) for part in data.split(0.2)]
             [8, 2]

@@ -55,7 +55,7 @@ def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
     Raises:
         BadRow: something is missing, empty or of the wrong type.
 
-    Example:
+    Examples:
         >>> to_record({"prompt": "2+2=", "answer": 4}, ["prompt"], "a.jsonl:1").answer
         '4'
     """

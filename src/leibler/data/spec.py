@@ -31,7 +31,7 @@ def make(spec: str, limit: int | None = None) -> Dataset:
     Raises:
         DataError: an unknown name or knob, or a value that does not fit.
 
-    Example:
+    Examples:
         >>> make("task:addition:digits=1,n=2").name
         'task:addition:digits=1,n=2,seed=0'
         >>> make("task:adition")

@@ -32,7 +32,7 @@ _ATTEMPTS = 200
 def held_out(prompt: str) -> bool:
     """Whether a prompt belongs to the held-out part.
 
-    Example:
+    Examples:
         >>> held_out("37+45=") == held_out("37+45=")
         True
     """
@@ -94,7 +94,7 @@ class Task(ABC):
         Raises:
             DataError: ``n`` is not positive, the part is unknown, or the task has too few different prompts.
 
-        Example:
+        Examples:
             >>> Addition(digits=2).sample(3, seed=0) == Addition(digits=2).sample(5, seed=0)[:3]
             True
         """
@@ -128,7 +128,7 @@ class Task(ABC):
     def split(self, train: int, heldout: int, seed: int = 0) -> tuple[Dataset, Dataset]:
         """A training and a held-out data set that share no prompt.
 
-        Example:
+        Examples:
             >>> train, heldout = Brackets().split(20, 5, seed=1)
             >>> {r.prompt for r in train} & {r.prompt for r in heldout}
             set()
@@ -138,7 +138,7 @@ class Task(ABC):
     def spec(self, **more: object) -> str:
         """The specification that makes this task again: its name, the knobs that differ from their defaults, ``more``.
 
-        Example:
+        Examples:
             >>> Addition(digits=3).spec()
             'task:addition:digits=3'
         """
@@ -164,7 +164,7 @@ class Addition(Task):
             on every carry: small models learn the reversed form from far fewer examples (Lee et al., "Teaching
             Arithmetic to Small Transformers", 2023).
 
-    Example:
+    Examples:
         >>> task = Addition(digits=2)
         >>> task.check(Record("37+45="), "82"), task.check(Record("37+45="), "28")
         (1.0, 0.0)
@@ -209,7 +209,7 @@ class Countdown(Task):
         target: the largest target.
         use_all: count an answer only if it uses every number.
 
-    Example:
+    Examples:
         >>> task = Countdown()
         >>> [task.check(Record("3,5,7=26:"), text) for text in ("3*7+5", "(5+3*7)", "7*7-23", "26", "__import__('os')")]
         [1.0, 1.0, 0.0, 0.0, 0.0]
@@ -288,7 +288,7 @@ class Brackets(Task):
         length: the longest prompt.
         kinds: how many kinds of brackets, in the order ``() [] {} <>``.
 
-    Example:
+    Examples:
         >>> task = Brackets()
         >>> [task.check(Record("([]"), text) for text in (")", "[])", "", "]", ")(")]
         [1.0, 1.0, 0.0, 0.0, 0.0]
@@ -344,7 +344,7 @@ TASKS: dict[str, Callable[..., Task]] = {task.name: task for task in (Addition, 
 def tasks() -> tuple[str, ...]:
     """The names of the tasks.
 
-    Example:
+    Examples:
         >>> tasks()
         ('addition', 'countdown', 'brackets')
     """

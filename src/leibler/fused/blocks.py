@@ -28,7 +28,7 @@ def chunk_tokens(vocab: int, hidden: int, heads: int) -> int:
 
     The budget is 256 MB, or as much as the head's gradient takes anyway; ``heads`` counts the model and the targets.
 
-    Example:
+    Examples:
         >>> chunk_tokens(32768, 512, heads=2), chunk_tokens(151936, 896, heads=2)
         (1024, 256)
     """
@@ -45,7 +45,7 @@ def block_rows(vocab: int, device: str = "cpu") -> int:
     A small vocabulary gets whole chunks: with blocks of 64 rows, the calls themselves took five times the work at 19
     entries and half as long again at 512.
 
-    Example:
+    Examples:
         >>> block_rows(151936), block_rows(32768), block_rows(100)
         (3, 16, 1024)
     """

@@ -23,7 +23,7 @@ def support_violations(values: Float[Tensor, "... n"]) -> Int[Tensor, "..."]:
     A divergence is infinite where the model puts probability outside the target's support (ReverseKL) or the other way
     round (ForwardKL); NaN comes from hidden states that are already broken. Both belong before a guard.
 
-    Example:
+    Examples:
         >>> import torch
         >>> support_violations(torch.tensor([[0.5, float("inf"), 0.1], [1.0, 2.0, 3.0]]))
         tensor([1, 0])
@@ -60,7 +60,7 @@ def functionals(
     Raises:
         LeiblerError: operands that do not fit each other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from leibler.divergence import ReverseKL
         >>> student = Linear(torch.randn(6, 4, requires_grad=True), torch.randn(10, 4))
@@ -104,7 +104,7 @@ def one_pass(
         RecipeError: the loss reaches other tensors that require a gradient, or has the wrong shape.
         RunError: on a second backward pass, because the gradient has been given away.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from leibler.divergence import ReverseKL
         >>> student = Linear(torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True))

@@ -53,7 +53,7 @@ def linear_divergence(
     Raises:
         LeiblerError: operands that do not fit each other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from leibler.divergence import ForwardKL
         >>> hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)

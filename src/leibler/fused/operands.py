@@ -27,7 +27,7 @@ class Linear:
     Raises:
         ModelError: when the shapes do not fit each other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> Linear(torch.zeros(5, 8), torch.zeros(11, 8), temperature=0.7).vocab
         11
@@ -90,7 +90,7 @@ class TargetRows:
             same shape, which need not be normalised and may hold -inf. It must not change its inputs. None means
             that the target is its only leaf.
 
-    Example:
+    Examples:
         >>> import torch
         >>> leaf = Linear(torch.zeros(5, 8), torch.zeros(11, 8))
         >>> mixture = TargetRows((leaf, leaf), lambda rows: torch.log2((rows[0].exp2() + rows[1].exp2()) / 2))
@@ -112,7 +112,7 @@ class TargetRows:
 class Want:
     """One number per token that a term asks for: a functional, and the target it reads (an index), if any.
 
-    Example:
+    Examples:
         >>> from leibler.divergence import ReverseKL
         >>> Want(ReverseKL(), target=0).target
         0

@@ -76,7 +76,7 @@ def calibration(
     Raises:
         DataError: the lengths differ, there is nothing, or a confidence is outside [0, 1].
 
-    Example:
+    Examples:
         >>> found = calibration([0.9, 0.9, 0.6, 0.6], [1, 1, 1, 0], bins=2)
         >>> round(found.error, 3), found.bins[1].count, found.bins[1].accuracy
         (0.0, 4, 0.75)
@@ -140,7 +140,7 @@ def token_calibration(
     Raises:
         DataError: no position counts.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[0.8, 0.2], [0.4, 0.6]]).log()
         >>> round(token_calibration(logits, torch.tensor([0, 0])).accuracy, 2)
         0.5

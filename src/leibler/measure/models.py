@@ -91,7 +91,7 @@ def compare(
         DataError: there is no completion.
         ModelError: the tokenizers differ.
 
-    Example:
+    Examples:
         >>> from leibler.data import Record
         >>> from leibler.policy import character_tokenizer, tiny_llama
         >>> model = tiny_llama(character_tokenizer("01+="), hidden=16, layers=1, heads=2)
@@ -155,7 +155,7 @@ def evaluate(
     Raises:
         DataError: the data set has no checker, or no record.
 
-    Example:
+    Examples:
         >>> from leibler.data import Addition
         >>> from leibler.policy import character_tokenizer, tiny_llama
         >>> task = Addition(digits=1)
@@ -248,7 +248,7 @@ def token_view(
         DataError: the text has no token.
         ModelError: the tokenizers differ, or the text is longer than a model's context.
 
-    Example:
+    Examples:
         >>> from leibler.policy import character_tokenizer, tiny_llama
         >>> tokenizer = character_tokenizer("01+=")
         >>> one, two = (tiny_llama(tokenizer, hidden=16, layers=1, heads=2, seed=seed) for seed in (0, 1))

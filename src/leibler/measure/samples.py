@@ -25,7 +25,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     Raises:
         DataError: the numbers do not fit each other.
 
-    Example:
+    Examples:
         >>> pass_at_k(n=10, c=3, k=1), round(pass_at_k(n=10, c=3, k=5), 4)
         (0.3, 0.9167)
     """
@@ -40,7 +40,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def mean_pass_at_k(n: int, right: Sequence[int], k: int) -> float:
     """``pass_at_k`` averaged over questions with ``n`` samples each, of which ``right[i]`` are right.
 
-    Example:
+    Examples:
         >>> mean_pass_at_k(2, [0, 1, 2], k=2)
         0.6666666666666666
     """
@@ -58,7 +58,7 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
         sequences: token ids, words, or strings (whose items are characters).
         n: length of an n-gram.
 
-    Example:
+    Examples:
         >>> distinct_n(["abab"], 2)
         0.6666666666666666
     """
@@ -75,7 +75,7 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
 def distinct_answers(texts: Iterable[str]) -> int:
     """How many different answers there are, up to blanks, case and the way a number is written.
 
-    Example:
+    Examples:
         >>> distinct_answers(["4", " 4.0", "four", "Four."])
         2
     """

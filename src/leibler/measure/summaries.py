@@ -47,7 +47,7 @@ def entropy_summary(entropies: Any, mask: Any = None) -> EntropySummary:
     Raises:
         DataError: nothing counts, or an entropy is not a finite number of at least 0.
 
-    Example:
+    Examples:
         >>> import math
         >>> found = entropy_summary([0.0, 0.0, 0.0, 0.0, math.log(8)])
         >>> round(found.top / math.log(2), 6), found.decided
@@ -96,7 +96,7 @@ def frontier(points: Iterable[Point | tuple[Any, ...]]) -> list[Point]:
     Raises:
         DataError: a number is NaN.
 
-    Example:
+    Examples:
         >>> [point.reward for point in frontier([(1.0, 0.5), (2.0, 0.4), (3.0, 0.9), (3.0, 0.8)])]
         [0.5, 0.9]
     """

@@ -13,7 +13,7 @@ from leibler.objective.terms import Term
 class Objective:
     """A sum of terms.
 
-    Example:
+    Examples:
         >>> from leibler.objective import Imitate, Objective
         >>> Objective(Imitate(coefficient=0.5)).terms[0].coefficient
         0.5

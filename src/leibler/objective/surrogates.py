@@ -49,7 +49,7 @@ class Clip:
     (dual clip). Sources: Proximal Policy Optimization Algorithms (2017); dual clip: Mastering Complex Control in MOBA
     Games (2020).
 
-    Example:
+    Examples:
         >>> Clip(0.2)(torch.tensor([0.5]), torch.tensor([1.0]))
         tensor([-1.2000])
     """

@@ -120,7 +120,7 @@ class LogLinear(Target):
     ``clip`` bounds the log-ratio of each other model to the first, in nats (extrapolation blows up on tokens that a
     negatively weighted model finds rare).
 
-    Example:
+    Examples:
         >>> LogLinear({Teacher(): 1.25, Reference(): -0.25}).handles
         (Handle(name='teacher'), Handle(name='reference'))
     """

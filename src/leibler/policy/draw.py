@@ -30,7 +30,7 @@ def law_(
         weights: of the models in the mixture.
         top_p: share of the nucleus; everything when not given.
 
-    Example:
+    Examples:
         >>> law_([torch.tensor([[0.0, 1.0, -1.0]])], [1.0], top_p=0.8)
         tensor([[0.5000, 1.0000, 0.0000]])
     """
@@ -62,7 +62,7 @@ def invert(
         law: non-negative weights, not necessarily normalised.
         uniform: numbers in [0, 1).
 
-    Example:
+    Examples:
         >>> law = torch.tensor([[1.0, 0.0, 3.0]]).expand(4, 3)
         >>> invert(law, torch.tensor([0.0, 0.24, 0.25, 0.99], dtype=torch.float64))[0].tolist()
         [0, 0, 2, 2]

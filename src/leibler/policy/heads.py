@@ -15,7 +15,7 @@ class ValueHead(nn.Module):
         hidden_size: the policy's ``hidden_size``.
         outputs: how many values per position (the last dimension is dropped when it is 1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> ValueHead(8)(torch.ones(2, 3, 8))
         tensor([[0., 0., 0.],

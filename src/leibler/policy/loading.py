@@ -36,7 +36,7 @@ def is_local(source: str | Path) -> bool:
 
     Anything that exists is local; so is anything that could not be a hub id (``./x``, ``/x``, ``~/x``, ``a/b/c``).
 
-    Example:
+    Examples:
         >>> is_local("./student"), is_local("Qwen/Qwen2.5-0.5B")
         (True, False)
     """

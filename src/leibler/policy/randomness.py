@@ -17,7 +17,7 @@ from torch import Tensor
 def derived_seed(seed: int, purpose: str, *numbers: int, bits: int = 63) -> int:
     """A hash of the arguments as an integer of at most ``bits`` bits: the same on every machine and in every process.
 
-    Example:
+    Examples:
         >>> derived_seed(0, "order", 3) == derived_seed(0, "order", 3)
         True
         >>> derived_seed(0, "order", 3) == derived_seed(0, "order", 4)
@@ -38,7 +38,7 @@ def generator(seed: int, purpose: str, *numbers: int, device: str | torch.device
         numbers: further names, such as the epoch.
         device: where the generator lives.
 
-    Example:
+    Examples:
         >>> order = torch.randperm(4, generator=generator(0, "order", 1))
         >>> torch.equal(order, torch.randperm(4, generator=generator(0, "order", 1)))
         True
@@ -60,7 +60,7 @@ def uniforms(seed: int, purpose: str, step: int, rows: int, n: int, first_row: i
         n: how many numbers in a row.
         first_row: the number of the first row.
 
-    Example:
+    Examples:
         >>> whole = uniforms(0, "rollout", 7, rows=4, n=5)
         >>> part = uniforms(0, "rollout", 7, rows=2, n=3, first_row=2)
         >>> torch.equal(whole[2:, :3], part)

@@ -77,7 +77,7 @@ def sample(
         DataError: prompts and uniforms do not fit, or a prompt is empty.
         ModelError: prompt and completion would exceed a model's context, or the models' tokenizers differ.
 
-    Example:
+    Examples:
         >>> from leibler.policy import character_tokenizer, tiny_llama, randomness
         >>> model = tiny_llama(character_tokenizer("0123456789+="), hidden=16, layers=1, heads=2)
         >>> numbers = randomness.uniforms(0, "rollout", 0, rows=4, n=5)

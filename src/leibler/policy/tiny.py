@@ -46,7 +46,7 @@ def character_tokenizer(texts: str | Iterable[str]) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: no character was given.
 
-    Example:
+    Examples:
         >>> tokenizer = character_tokenizer("0123456789+=")
         >>> tokenizer.decode(tokenizer.encode("12+34=46"))
         '12+34=46'
@@ -77,7 +77,7 @@ def train_bpe(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: ``size`` is too small for the bytes.
 
-    Example:
+    Examples:
         >>> tokenizer = train_bpe(["def f(x):\\n    return x\\n"] * 4, size=270)
         >>> tokenizer.decode(tokenizer.encode("def g(é):\\n"))
         'def g(é):\\n'
@@ -128,7 +128,7 @@ def tiny_llama(
     Raises:
         ModelError: ``hidden`` does not divide among the heads.
 
-    Example:
+    Examples:
         >>> model = tiny_llama(character_tokenizer("ab"), hidden=16, layers=1, heads=2)
         >>> model.vocab_size, model.hidden_size
         (6, 16)

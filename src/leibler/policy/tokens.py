@@ -30,7 +30,7 @@ def right_pad(
     Raises:
         DataError: there is no row, or a prompt is empty (its first completion token is predicted from nothing).
 
-    Example:
+    Examples:
         >>> tokens, attention, mask = right_pad([([5, 6], [7]), ([8], [9, 10, 11])])
         >>> tokens.tolist()
         [[5, 6, 7, 0], [8, 9, 10, 11]]

@@ -24,7 +24,7 @@ __all__ = ["METHODS", "Method", "find", "function", "get", "names"]
 def names() -> list[str]:
     """Every slug that `get` accepts.
 
-    Example:
+    Examples:
         >>> "minillm" in names()
         True
     """
@@ -37,7 +37,7 @@ def find(slug: str) -> Method:
     Raises:
         RecipeError: no such slug; the message lists the nearest.
 
-    Example:
+    Examples:
         >>> find("minillm").year
         2023
         >>> find("minilm")

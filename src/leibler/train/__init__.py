@@ -1,6 +1,6 @@
 """The engine: recipes, sources, stages, models, the loop.
 
-Example:
+Examples:
     >>> from leibler.train import Data, OnPolicy, Recipe, Schedule, fit
 """
 

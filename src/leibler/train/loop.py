@@ -72,7 +72,7 @@ def fit(
         LeiblerError: in one sentence, what does not fit, before the first step.
         KeyboardInterrupt: after a checkpoint was saved.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from leibler.data import load
         >>> from leibler.policy import character_tokenizer, tiny_llama

@@ -57,7 +57,7 @@ class Recipe:
     Building one checks it: every stream that a term names exists, every sampled estimator is exact for the law that
     its events come from (the law is inferred from the stream's origin and the target), every model has a rule.
 
-    Example:
+    Examples:
         >>> from leibler.divergence import ForwardKL
         >>> from leibler.objective import Match, Objective, Teacher
         >>> from leibler.train import Data, Recipe

@@ -1,6 +1,6 @@
 """The HTML report of a run, or of several runs side by side.
 
-Example:
+Examples:
     >>> from leibler.measure.report import write_report
 """
 

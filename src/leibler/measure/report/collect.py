@@ -157,7 +157,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Columns of the rows that have a step; of rows with the same step the last one counts.
 
-    Example:
+    Examples:
         >>> table([{"step": 1, "loss": 2.0}, {"step": 2, "loss": "nan", "reward": 1}]).columns["reward"]
         (nan, 1.0)
     """

@@ -39,7 +39,7 @@ def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) 
     Raises:
         RunError: ``run_dir`` is not a run directory, has no metrics, or cannot be written to.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from leibler.policy import character_tokenizer, tiny_llama
         >>> from leibler.train import fit

@@ -47,7 +47,7 @@ _UNITS = {
 def spell(name: str) -> str:
     """A metric's or divergence's name for people.
 
-    Example:
+    Examples:
         >>> spell("ReverseKL(reference)"), spell("ForwardKL(teacher)@task"), spell("grad_norm"), spell("pass@8")
         ('Reverse KL to reference', 'Forward KL to teacher, task', 'Grad norm', 'Pass@8')
     """
@@ -71,7 +71,7 @@ def unit(name: str) -> str:
 def number(value: float | int | None, digits: int = 3) -> str:
     """A number with so many significant digits, in the form that is shortest to read.
 
-    Example:
+    Examples:
         >>> [number(x) for x in (0, 0.12345, 12345.6, 1e-5, float("inf"), None, -0.5)]
         ['0', '0.123', '12,346', '1.00e−5', '∞', '–', '−0.500']
     """
@@ -98,7 +98,7 @@ def number(value: float | int | None, digits: int = 3) -> str:
 def percent(value: float | None) -> str:
     """A share as a percentage with one decimal.
 
-    Example:
+    Examples:
         >>> percent(0.8749), percent(1.0), percent(0.00001), percent(None)
         ('87.5 %', '100 %', '<0.1 %', '–')
     """
@@ -112,7 +112,7 @@ def percent(value: float | None) -> str:
 def duration(seconds: float) -> str:
     """Seconds for people.
 
-    Example:
+    Examples:
         >>> duration(3.21), duration(75), duration(7384)
         ('3.2 s', '1 min 15 s', '2 h 3 min')
     """
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun.
 
-    Example:
+    Examples:
         >>> plural(1, "row"), plural(2000, "row")
         ('1 row', '2,000 rows')
     """
