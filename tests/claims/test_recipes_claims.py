@@ -164,7 +164,6 @@ BROKEN = [
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "fixed", scale=1.25),
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "clipped", clip=0.05),
     case(b.g_opd_is_myopic, "g-opd", "always-one", scale=1.0),
-    case(b.g_opd_is_myopic, "g-opd", "clipped", clip=0.05),
     # ppo
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "sign", flipped(PolicyGradient)),
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "without", without(PolicyGradient)),
