@@ -92,6 +92,10 @@ RECIPES = {
             Match(ReverseKL(), to=LogLinear({Teacher(): 1.5, Reference(): -0.5}), estimator=K2()),
         ),
     ),
+    "a sampler at a temperature of its own": Recipe(
+        OnPolicy(4, temperature=2.0) >> Score(reward),
+        Objective(PolicyGradient(A, Clip(anchor=Behaviour())), Match(ReverseKL(), to=Teacher(), estimator=K2())),
+    ),
     "two equal terms": Recipe(Data(), Objective(Imitate(coefficient=0.5), Imitate(coefficient=0.5))),
 }  # fmt: skip
 

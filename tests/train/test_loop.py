@@ -413,3 +413,24 @@ def test_an_adapter_alone_is_trained(tmp_path):
     assert moved
     assert all("proj" in n for n in moved)
     assert reward([], []) == []
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Mixed precision is set once in a process; a test that sets it starts and ends with a clean slate."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_mixed_precision_is_that_of_every_model(tmp_path):
+    """The reference is the policy at first: in the same arithmetic their divergence is exactly 0."""
+    run(recipe("grpo", group_size=4), tmp_path / "a", student=student(dropout=0.0), steps=2, mixed_precision="bf16")
+    first, second = (m["divergence/ReverseKL(reference)"] for m in lines(tmp_path / "a"))
+    assert first == 0
+    assert second > 1e-4
+    with pytest.raises(RunError, match="mixed_precision=no cannot be set .* start a new one"):
+        run(recipe("grpo", group_size=4), tmp_path / "b")

@@ -127,6 +127,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Recipe(MIXED >> Score(Answer()), PolicyGradient(Reward(), Clip())),
         r"ratio of the policy gradient on 'main' .* old policy.* use a surrogate with anchor=Behaviour\(\)",
     ),
+    "a ratio to a law at another temperature": (
+        lambda: Recipe(OnPolicy(4, temperature=2.0) >> Score(Answer()), PolicyGradient(Reward(), Clip())),
+        "responses are sampled from another law",
+    ),
     "a coefficient per event": (
         lambda: Recipe(Data(), Imitate(coefficient=Column("weight"))),
         "coefficient of nll gives one number per sequence, not one; make it the weight",
@@ -199,6 +203,8 @@ def test_the_sampling_law_is_inferred_from_stream_and_target():
     assert (stale.sampled_from, stale.behaviour) == ("behaviour", Old())
     mixed = bound(MIXED, term)
     assert (mixed.sampled_from, mixed.behaviour) == ("behaviour", Behaviour())
+    hot = bound(OnPolicy(temperature=2.0), term)
+    assert (hot.sampled_from, hot.behaviour) == ("behaviour", Behaviour())
     forward = Match(ForwardKL(), to=Teacher(), estimator=K1())
     assert bound(Sampled("teacher"), forward).sampled_from == "target"
     assert bound(OnPolicy(), Match(ForwardKL(), to=Old(), estimator=K1()), Schedule(2)).sampled_from == "target"

@@ -7,7 +7,7 @@ exact plans is cheapest; denominators are taken over the whole optimiser batch (
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ class Engine:
         temperature: every log-prob is taken at the sampling temperature.
         micro_rows: rows in a micro-batch at most; None: as many as ``micro_tokens`` allows.
         backward: the accelerator's.
+        autocast: the context that forward passes run in.
         reduce, most, world: the sum of a tensor and the largest of a number over all processes, and how many they are.
     """
 
@@ -67,6 +68,7 @@ class Engine:
         backward: Callable[[Tensor], None] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         most: Callable[[int], int] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         world: int = 1,
     ) -> None:
         self.recipe = recipe
@@ -79,6 +81,7 @@ class Engine:
         self.seed = seed
         self.backward = backward or (lambda loss: loss.backward())
         self.reduce = reduce or (lambda x: x)
+        self.autocast = autocast
         self.most = most or (lambda n: n)
         self.world = world
         self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
@@ -141,7 +144,7 @@ class Engine:
         for index in self._cut(rows, whole_groups=False):
             part = rows.select(index)
             at = _events_of(rows, index)
-            hidden = _event_hidden(model, part)
+            hidden = self._event_hidden(model, part)
             for need in needs:
                 if isinstance(need, Output):
                     out[need][at] = self.modules[need.module](hidden).to(self.dtype)
@@ -190,7 +193,7 @@ class Engine:
         for number, index in enumerate(cuts):
             micro = view.select(index)
             with self._dropout(view.step, plan.stream, number):
-                hidden = _event_hidden(self.policy, micro.rows)
+                hidden = self._event_hidden(self.policy, micro.rows)
             loss = self._side_loss(plan, micro, hidden, scales, log)
             model, targets = self._operands(plan, micro.rows, hidden)
             wants = self._wants(plan)
@@ -225,7 +228,7 @@ class Engine:
             for number, index in enumerate(cuts):
                 part = view.rows.select(index)
                 with self._dropout(view.step, plan.stream, number):
-                    hidden = _event_hidden(self.policy, part)
+                    hidden = self._event_hidden(self.policy, part)
                 model, targets = self._operands(plan, part, hidden)
                 total[:, _events_of(view.rows, index)] = functionals(
                     model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
@@ -310,6 +313,13 @@ class Engine:
     def _wants(self, plan: StreamPlan) -> list[Want]:
         return [Want(*plan.functional(n)) for n in plan.wants]
 
+    def _event_hidden(self, model: nn.Module, rows: Rows) -> Tensor:
+        """``[events, hidden]``: the hidden state that predicts each event, of any model in the same arithmetic."""
+        with self.autocast():
+            hidden = model(rows.tokens, rows.attention)
+        unwrapped = model if isinstance(model, CausalLM) else self.models["policy"]
+        return hidden[:, :-1][rows.mask].to(unwrapped.head()[0].dtype)
+
     def _linear(self, model: CausalLM, hidden: Tensor) -> Linear:
         weight, bias = model.head()
         return Linear(hidden, weight, bias, self.temperature)
@@ -321,7 +331,7 @@ class Engine:
             for name in dict.fromkeys(h.name for t in plan.targets for h in t.handles):
                 if name not in leaves:
                     model = self.models[name]
-                    leaves[name] = self._linear(model, _event_hidden(model, rows))
+                    leaves[name] = self._linear(model, self._event_hidden(model, rows))
         return policy, [_target_rows(t, leaves) for t in plan.targets]
 
     def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
@@ -408,11 +418,6 @@ class Engine:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(derived_seed(self.seed, f"dropout/{stream}", step, number))
             yield
-
-
-def _event_hidden(model: nn.Module, rows: Rows) -> Tensor:
-    """``[events, hidden]``: the hidden state that predicts each event."""
-    return model(rows.tokens, rows.attention)[:, :-1][rows.mask]
 
 
 def _events_of(rows: Rows, index: Tensor) -> Tensor:

@@ -93,11 +93,17 @@ def fit(
         origin = origin or {"recipe": recipe}
         recipe = recipes.get(recipe)
     out = Path(out)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with="tensorboard" if options.tensorboard else None,
-        project_dir=str(out),
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            log_with="tensorboard" if options.tensorboard else None,
+            project_dir=str(out),
+        )
+    except ValueError as error:
+        raise RunError(
+            f"mixed_precision={options.mixed_precision} cannot be set ({str(error).split(', ')[0]}); it holds for a whole "
+            "Python process, so start a new one."
+        ) from error
     # The first process claims the directory before the others look whether it is free.
     with accelerator.main_process_first():
         made = setup.claim_directory(out, resume=resume)
@@ -179,6 +185,7 @@ class _Trainer:
             backward=self.accelerator.backward,
             reduce=_summed(self.accelerator) if world > 1 else None,
             most=_largest(self.accelerator) if world > 1 else None,
+            autocast=self.accelerator.autocast,
             world=world,
         )
         self.step = self.draw = 0

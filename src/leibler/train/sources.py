@@ -11,7 +11,7 @@ import torch
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows
 from leibler.objective.signals import Validation
-from leibler.objective.targets import Handle, Model, Old, Policy, Target
+from leibler.objective.targets import Handle, Model, Old, Policy, Target, Tempered
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -199,7 +199,8 @@ class OnPolicy(Source):
         sampler: the law to sample from; `Arithmetic` mixes models at each token. Behaviour log-probs are kept.
         prompts: which of the run's data sets holds the prompts.
         rows: sequences per optimiser batch; None: the run's batch size.
-        temperature, max_new_tokens: None: the run's.
+        temperature, max_new_tokens: None: the run's. At a temperature of its own the stream is of another law than the
+            policy's, and its terms are importance-weighted by what the sampler reported.
     """
 
     group_size: int = 1
@@ -210,8 +211,9 @@ class OnPolicy(Source):
     max_new_tokens: int | None = None
 
     def streams(self) -> Mapping[str, Origin]:
-        # The policy while it samples is what the next steps call the old one.
-        return {"main": Origin(Old() if self.sampler == Policy() else self.sampler)}
+        # The policy while it samples is what the next steps call the old one; at a temperature of its own, it is not.
+        law = Old() if self.sampler == Policy() else self.sampler
+        return {"main": Origin(law if self.temperature is None else Tempered(law, self.temperature))}
 
     def handles(self) -> tuple[Handle, ...]:
         return self.sampler.handles
