@@ -269,6 +269,25 @@ def test_a_reward_to_go_that_includes_the_present_counts_the_single_step_twice()
     assert single.norm() > 0.1 * whole.norm()
 
 
+def test_the_ratio_of_a_token_does_not_correct_the_law_of_its_context():
+    """MiniLLM: p(y_t) / mixture(y_t) averages to 1 in every context, so the exact term at t is only made noisier."""
+    w = TwoSteps(1)
+    p, q = w.logp(w.z).detach(), w.logp(w.y)
+    mixture = torch.logaddexp(p + math.log(0.8), q + math.log(0.2))  # token by token, as it is sampled
+    law, ratio = mixture.sum(-1).exp(), (p - mixture).exp()
+    exact = torch.stack([ReverseKL()(w.z[1 + a], w.y[1 + a]) for a, _ in w.words])  # at the second token of each word
+
+    def mean(weight: Tensor) -> Tensor:
+        return w.gradient((law * weight * exact).sum())
+
+    plain, published, right = mean(torch.ones_like(law)), mean(ratio[:, 1]), mean(ratio[:, 0])
+    assert torch.allclose(published, plain, atol=1e-12)
+    assert (law * (ratio[:, 1] - 1) ** 2).sum() > 0.01  # the noise it adds
+    on_policy = w.gradient((p.sum(-1).exp() * exact).sum())
+    assert torch.allclose(right, on_policy, atol=1e-12)
+    assert (plain - on_policy).norm() > 0.02 * on_policy.norm()
+
+
 def test_a_geometric_mixture_normalised_per_token_is_another_law_of_responses():
     """Self-play margins need sum_t of unnormalised log-scores: only then does the normaliser cancel in a pair."""
     w = TwoSteps(2)
