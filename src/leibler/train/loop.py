@@ -17,7 +17,8 @@ from leibler.objective.signals import Signal, StepEnd, Validation
 from leibler.train import checkpoint, setup
 from leibler.train.engine import Engine, Step
 from leibler.train.interrupt import interruptible
-from leibler.train.log import Lines, Progress
+from leibler.train.journal import Journal, speed
+from leibler.train.log import Progress
 from leibler.train.models import Trained, resolve
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
@@ -101,8 +102,8 @@ def fit(
         )
     except ValueError as error:
         raise RunError(
-            f"mixed_precision={options.mixed_precision} cannot be set ({str(error).split(', ')[0]}); it holds for a whole "
-            "Python process, so start a new one."
+            f"mixed_precision={options.mixed_precision} cannot be set ({str(error).split(', ')[0]}); it holds for a "
+            "whole Python process, so start a new one."
         ) from error
     # The first process claims the directory before the others look whether it is free.
     with accelerator.main_process_first():
@@ -185,7 +186,7 @@ class _Trainer:
             backward=self.accelerator.backward,
             reduce=_summed(self.accelerator) if world > 1 else None,
             most=_largest(self.accelerator) if world > 1 else None,
-            autocast=self.accelerator.autocast,
+            autocast=lambda: self.accelerator.autocast(),
             world=world,
         )
         self.step = self.draw = 0
@@ -196,10 +197,7 @@ class _Trainer:
         self.last: dict[str, float] = {}
         self.validated: dict[str, float] = {}
         self.saved_at = self.validated_at = -1
-        self.metrics = Lines(out / "metrics.jsonl")
-        self.timings = Lines(out / "timings.jsonl")
-        self.samples = Lines(out / "samples.jsonl")
-        self.validations = Lines(out / "validation.jsonl")
+        self.journal = Journal(out, options, self.engine.reduce, self.main)
         if resume:
             self._resume()
         if options.tensorboard:
@@ -237,8 +235,7 @@ class _Trainer:
             self._validate()
         if self.main:
             self.models["policy"].save(self.out / "final")
-        for file in (self.metrics, self.timings, self.samples, self.validations):
-            file.close()
+        self.journal.close()
         if self.options.tensorboard:
             self.accelerator.end_training()
         return Run(self.out, self.models["policy"].eval(), self.last, self.validated)
@@ -278,7 +275,11 @@ class _Trainer:
             heard = {}
             result.metrics.update(measured.metrics)
             self.step += 1
-            self._write(result, batch, time.monotonic() - started, progress)
+            seconds = time.monotonic() - started
+            self.last = self.journal.step(self.step, result.metrics, batch, seconds)
+            if self.options.tensorboard and self.main:
+                self.accelerator.log(self.last, step=self.step)
+            progress.update(self.step, self.last, speed(self.last, seconds))
             started = time.monotonic()
             if self.step >= self.options.steps:
                 return
@@ -338,41 +339,7 @@ class _Trainer:
             if every and not isinstance(rule, Trained) and rule.due(self.step, every) and not rule.due(self.step, 0):
                 rule.refresh(self.models[name], self.models["policy"])
 
-    # ---- writing down ------------------------------------------------------------------------------------------------
-
-    def _write(self, result: Step, batch: Mapping[str, View], seconds: float, progress: Progress) -> None:
-        metrics = dict(result.metrics)
-        for stream, view in batch.items():
-            suffix = f"/{stream}" if len(batch) > 1 else ""
-            if "reward" in view.rows.columns:
-                reward = self._mean(view.rows.columns["reward"])
-                metrics["reward" + suffix] = reward
-                metrics.setdefault("reward", reward)
-            metrics["length" + suffix] = self._mean(view.rows.length.float())
-        self.last = metrics
-        tokens_per_second = metrics["tokens"] / max(seconds, 1e-9)
-        if self.main:
-            self.metrics.write(step=self.step, **metrics)
-            self.timings.write(step=self.step, seconds=seconds, tokens_per_second=tokens_per_second)
-            if self.options.sample_every and (self.step - 1) % self.options.sample_every == 0:
-                self._write_samples(batch)
-            if self.options.tensorboard:
-                self.accelerator.log(metrics, step=self.step)
-        progress.update(self.step, metrics, tokens_per_second)
-
-    def _write_samples(self, batch: Mapping[str, View], most: int = 4) -> None:
-        for stream, view in batch.items():
-            rows = view.rows
-            for i in range(min(most, len(rows.records))):
-                extra = {"reward": float(rows.columns["reward"][i])} if "reward" in rows.columns else {}
-                self.samples.write(
-                    step=self.step, stream=stream, prompt=rows.records[i].prompt, completion=rows.texts[i], **extra
-                )
-
-    def _mean(self, x: torch.Tensor) -> float:
-        pair = torch.stack([x.double().sum(), torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)])
-        total, count = self.engine.reduce(pair).tolist()
-        return total / max(count, 1.0)
+    # ---- what is due, and what is said ------------------------------------------------------------------------------
 
     def _request_stop(self) -> bool:
         """The first request ends the run after the current draw; False for a second one."""
@@ -430,8 +397,7 @@ class _Trainer:
             max_new_tokens=self.options.max_new_tokens,
         )
         self.validated, self.validated_at = metrics, self.step
-        if self.main:
-            self.validations.write(step=self.step, **metrics)
+        self.journal.validation(self.step, metrics)
         event = Validation(self.step, metrics)
         self.source_state = self.recipe.source.observe(self.source_state, event)
         for signal_ in self.stateful:
@@ -446,14 +412,13 @@ class _Trainer:
     def _save(self) -> None:
         if not self.main or self.saved_at == self.step:
             return
-        lengths = {f.path.name: f.sync() for f in (self.metrics, self.timings, self.samples, self.validations)}
         state = {
             "draw": self.draw,
             "last_due": self.last_due,
             "validated": [self.validated_at, self.validated],
             "source": self.source_state,
             "signals": [self.states[s] for s in self.stateful],
-            "lengths": lengths,
+            "lengths": self.journal.sync(),
             "last": self.last,
         }
         checkpoint.save(
@@ -467,21 +432,15 @@ class _Trainer:
             self._say(complaint)
         if path is None:
             # Interrupted before the first checkpoint: the same run from its first step.
-            self._cut(dict.fromkeys(("metrics.jsonl", "timings.jsonl", "samples.jsonl", "validation.jsonl"), 0))
+            self.journal.cut({})
             return
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
         self.source_state = state["source"]
         self.states = dict(zip(self.stateful, state["signals"], strict=True))
         self.last, (self.validated_at, self.validated) = state["last"], state["validated"]
-        self._cut(state["lengths"])
+        self.journal.cut(state["lengths"])
         self.saved_at = self.step
-
-    def _cut(self, lengths: Mapping[str, int]) -> None:
-        """Drop the lines of steps that are done again."""
-        if self.main:
-            for file in (self.metrics, self.timings, self.samples, self.validations):
-                file.cut(lengths[file.path.name])
 
 
 def _summed(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,0 +1,93 @@
+"""The files that a run writes line by line: metrics, timings, samples, validations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leibler.train.log import Lines
+
+if TYPE_CHECKING:
+    from leibler.objective.rows import View
+    from leibler.train.options import Options
+
+SAMPLES = 4
+"""Responses written down of each stream, at the steps where samples are."""
+
+
+class Journal:
+    """What a run writes while it goes on.
+
+    Args:
+        out: the run directory.
+        options: the run's; ``sample_every`` is read.
+        reduce: the sum of a tensor over all processes.
+        main: True for the one process that writes.
+    """
+
+    def __init__(self, out: Path, options: Options, reduce: Callable[[Tensor], Tensor], main: bool) -> None:
+        self.options, self.reduce, self.main = options, reduce, main
+        names = ("metrics", "timings", "samples", "validation")
+        self.metrics, self.timings, self.samples, self.validations = self.files = tuple(
+            Lines(out / f"{name}.jsonl") for name in names
+        )
+
+    def step(
+        self, step: int, measured: Mapping[str, float], batch: Mapping[str, View], seconds: float
+    ) -> dict[str, float]:
+        """Write one optimiser step down; returns its metrics, with the batch's rewards and lengths."""
+        metrics = dict(measured)
+        for stream, view in batch.items():
+            suffix = f"/{stream}" if len(batch) > 1 else ""
+            if "reward" in view.rows.columns:
+                reward = self._mean(view.rows.columns["reward"])
+                metrics["reward" + suffix] = reward
+                metrics.setdefault("reward", reward)
+            metrics["length" + suffix] = self._mean(view.rows.length.float())
+        if self.main:
+            self.metrics.write(step=step, **metrics)
+            self.timings.write(step=step, seconds=seconds, tokens_per_second=speed(metrics, seconds))
+            if self.options.sample_every and (step - 1) % self.options.sample_every == 0:
+                self._samples(step, batch)
+        return metrics
+
+    def _samples(self, step: int, batch: Mapping[str, View]) -> None:
+        for stream, view in batch.items():
+            rows = view.rows
+            for i in range(min(SAMPLES, len(rows.records))):
+                extra = {"reward": float(rows.columns["reward"][i])} if "reward" in rows.columns else {}
+                self.samples.write(
+                    step=step, stream=stream, prompt=rows.records[i].prompt, completion=rows.texts[i], **extra
+                )
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.main:
+            self.validations.write(step=step, **metrics)
+
+    def _mean(self, x: Tensor) -> float:
+        pair = torch.stack([x.double().sum(), torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)])
+        total, count = self.reduce(pair).tolist()
+        return total / max(count, 1.0)
+
+    def sync(self) -> dict[str, int]:
+        """Flush to disk; each file's length in bytes."""
+        return {file.path.name: file.sync() for file in self.files}
+
+    def cut(self, lengths: Mapping[str, int]) -> None:
+        """Drop the lines of steps that are done again; a file without a recorded length is emptied."""
+        if self.main:
+            for file in self.files:
+                file.cut(lengths.get(file.path.name, 0))
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def speed(metrics: Mapping[str, float], seconds: float) -> float:
+    """Tokens per second."""
+    return metrics["tokens"] / max(seconds, 1e-9)
