@@ -49,8 +49,8 @@ lint: $(STAMP)  ## style and types
 bench: $(STAMP)  ## measured comparisons, both sides printed
 	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-soak: $(STAMP)  ## every recipe for many steps: finite, resumable, no memory growth
-	$(BIN)/python -m pytest -n $(WORKERS) -m soak $(PYTEST_ARGS)
+soak: $(STAMP)  ## faults injected into runs, and every recipe for many steps; one table
+	$(BIN)/python tests/soak/run.py
 
 docs: $(STAMP)  ## the site, in site/
 	$(BIN)/mkdocs build --strict

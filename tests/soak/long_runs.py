@@ -1,0 +1,92 @@
+"""Every recipe for many steps: the numbers stay finite, the memory stays bounded, old checkpoints go."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+from leibler import recipes
+from leibler.data import Brackets
+from leibler.objective import Preference
+from leibler.policy import CausalLM, character_tokenizer, tiny_llama
+from leibler.train import fit
+from soak.table import Row
+
+STEPS = 300
+TASK = Brackets(depth=2, length=4)
+GROWTH = 64_000
+"""Kilobytes that the peak may grow by: what grew with the number of steps is at most some tens of megabytes."""
+
+
+def run(out: Path, seed: int, scale: float) -> list[Row]:
+    started, survived, lost = time.monotonic(), 0, 0
+    slugs, steps = recipes.names(), max(round(STEPS * scale), 60)
+    for slug in slugs:
+        faults, missing = endure(slug, out, steps=steps, seed=seed)
+        survived += not faults
+        lost += missing
+        for fault in faults:
+            print(f"{slug}: {fault}")
+    return [Row("long runs", f"{steps} steps of each recipe", len(slugs), survived, lost, None,
+                time.monotonic() - started)]  # fmt: skip
+
+
+def endure(slug: str, out: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[list[str], int]:
+    """Train by one recipe; what went wrong in it, and how many lines of metrics are missing or twice."""
+    warm = go(slug, 20, out / f"{slug}-warm", seed)  # imports, caches and buffers
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    long = go(slug, steps, out / f"{slug}-long", seed)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    faults = []
+    expected = list(range(1, steps + 1))
+    found = [line["step"] for line in long]
+    if found != expected:
+        faults.append(f"the lines are of the steps {found}")
+    for line in (*warm, *long):
+        faults += [f"{n} is {v} at step {line['step']}" for n, v in line.items() if not math.isfinite(float(v))]
+    if after - before > GROWTH:
+        faults.append(f"the memory grew by {after - before} kB")
+    kept = len(list((out / f"{slug}-long" / "checkpoints").iterdir()))
+    if kept > 2:
+        faults.append(f"{kept} checkpoints were kept")
+    return faults, abs(len(found) - len(expected)) + len(set(expected) - set(found))
+
+
+def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
+    recipe = recipes.get(slug)
+    sources = {rule.source for rule in recipe.models.values()} - {"initial"}
+    run = fit(
+        recipe,
+        student=small(0),
+        teacher=small(1) if "teacher" in sources else None,
+        models={name: small(2) for name in sources - {"teacher"}},
+        data=rows(slug),
+        out=out,
+        steps=steps,
+        batch_size=16,
+        learning_rate=1e-3,
+        max_new_tokens=6,
+        save_every=50,
+        seed=seed,
+        quiet=True,
+    )
+    return [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def small(seed: int) -> CausalLM:
+    return tiny_llama(character_tokenizer(TASK.alphabet), hidden=32, layers=1, heads=2, seed=seed)
+
+
+def rows(slug: str) -> list[dict[str, str]]:
+    """Prompts with right answers, and wrong ones for methods that learn from given pairs."""
+    records = TASK.sample(200, seed=0)
+    recipe = recipes.get(slug)
+    pairs = (
+        any(isinstance(t, Preference) for t in recipe.objective.terms) and "labels" in recipe.source.datasets().values()
+    )
+    if pairs:
+        return [{"prompt": r.prompt, "chosen": str(r.completion), "rejected": "(("} for r in records]
+    return [{"prompt": r.prompt, "completion": str(r.completion), "answer": str(r.answer)} for r in records]
