@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from leibler.fused.coarse import Coarse, TopK
 from leibler.fused.functions import functionals, one_pass, support_violations
 from leibler.fused.linear import linear_divergence
 from leibler.fused.operands import Linear, TargetRows, Want
 
 __all__ = [
+    "Coarse",
     "Linear",
     "TargetRows",
+    "TopK",
     "Want",
     "functionals",
     "linear_divergence",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +14,9 @@ from torch import Tensor
 
 from leibler.divergence.rows import Functional
 from leibler.errors import DataError, ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from leibler.fused.coarse import Coarse
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +112,20 @@ class TargetRows:
         if self.combine is None and len(self.leaves) > 1:
             raise RecipeError(f"a target of {len(self.leaves)} leaves needs `combine` to make one law of them.")
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds beside its leaves."""
+        return ()
+
+    def own_vocab(self, vocab: int) -> int:
+        """The entries of its leaves that are real, where the model has ``vocab``."""
+        return vocab
+
+    def rebuild(self) -> Callable[[Iterator[Linear], Iterator[Tensor | None]], TargetRows]:
+        """What makes it again of its leaves and tensors, holding neither."""
+        count, combine = len(self.leaves), self.combine
+        return lambda leaves, _tensors: TargetRows(tuple(islice(leaves, count)), combine)
+
 
 @dataclass(frozen=True)
 class Want:
@@ -125,7 +144,7 @@ class Want:
 def check(
     model: Linear,
     wants: Sequence[Want],
-    targets: Sequence[TargetRows],
+    targets: Sequence[TargetRows | Coarse],
     token: Int[Tensor, " n"] | None,
     vocab: int | None,
 ) -> int:
@@ -141,9 +160,11 @@ def check(
             )
         if head.hidden.device != model.hidden.device:
             raise ModelError("model and target lie on different devices: move the hidden states and the head first.")
-    smallest = min(head.vocab for head in heads)
+    # A coarse target's heads have a vocabulary of their own.
+    sizes = [model.vocab, *(leaf.vocab for t in targets if isinstance(t, TargetRows) for leaf in t.leaves)]
+    smallest = min(sizes)
     if vocab is None:
-        largest = max(head.vocab for head in heads)
+        largest = max(sizes)
         if smallest != largest:
             raise ModelError(
                 f"the heads have {smallest} and {largest} vocabulary entries: pass vocab= the number of real tokens, "
@@ -158,6 +179,9 @@ def check(
         if want.target is not None and not 0 <= want.target < len(targets):
             raise RecipeError(f"{name} asks for target {want.target}, but {len(targets)} targets were given.")
     entries = smallest if vocab is None else vocab
+    for target in targets:
+        if not isinstance(target, TargetRows):
+            target.check(model, entries)
     if token is not None:
         if token.shape != (model.tokens,) or token.is_floating_point() or token.dtype == torch.bool:
             raise DataError(f"token must hold one integer per hidden state, [{model.tokens}], not {_shape(token)}.")

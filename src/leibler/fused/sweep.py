@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from leibler.divergence.rows import Row
+from leibler.divergence.rows import Functional, Row
 from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype, zeros
+from leibler.fused.coarse import Coarse, CoarseRow, CoarseSide, OnCoarse, TopK
 from leibler.fused.operands import Linear, TargetRows, Want
 
 Coefficients = Callable[[Float[Tensor, "wants rows"], int, int], Float[Tensor, "wants rows"]]
@@ -24,7 +25,7 @@ class Plan:
 
     model: Linear
     wants: tuple[Want, ...]
-    targets: tuple[TargetRows, ...]
+    targets: tuple[TargetRows | Coarse, ...]
     token: Int[Tensor, " n"] | None
     vocab: int
 
@@ -36,17 +37,18 @@ class Plan:
         heads = [self.model, *(leaf for target in self.targets for leaf in target.leaves)]
         tensors = [t for head in heads for t in (head.hidden, head.weight, head.bias)]
         temperatures = [head.temperature for head in heads]
-        shapes = [(len(target.leaves), target.combine) for target in self.targets]
+        own = [t for target in self.targets for t in target.tensors]
+        rebuild = [target.rebuild() for target in self.targets]
         wants, vocab = self.wants, self.vocab
 
         def unpack(kept: Sequence[Tensor | None]) -> Plan:
-            *flat, token = kept
+            token, *flat = kept
             parts = iter([Linear(*flat[3 * i : 3 * i + 3], temperature=t) for i, t in enumerate(temperatures)])  # type: ignore[arg-type]
-            model = next(parts)
-            targets = tuple(TargetRows(tuple(next(parts) for _ in range(n)), combine) for n, combine in shapes)
+            model, more = next(parts), iter(flat[3 * len(temperatures) :])
+            targets = tuple(make(parts, more) for make in rebuild)
             return Plan(model, wants, targets, token, vocab)
 
-        return unpack, [None if t is None else t.detach() for t in (*tensors, self.token)]
+        return unpack, [None if t is None else t.detach() for t in (self.token, *tensors, *own)]
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,32 @@ class Sweep:
         self.plan = plan
         self.needs = needs
         model = plan.model
-        heads = {head.key: head for target in plan.targets for head in target.leaves}
-        heads.pop(model.key, None)
-        everyone = [model, *heads.values()]
-        place = {head.key: i for i, head in enumerate(everyone)}
+        # One side for each head and number of real entries, however many targets read it; the model's comes first.
+        read = [(leaf, t.own_vocab(plan.vocab)) for t in plan.targets for leaf in t.leaves]
+        sizes: dict[Hashable, tuple[Linear, int]] = {(model.key, plan.vocab): (model, plan.vocab)}
+        for leaf, entries in read:
+            sizes.setdefault((leaf.key, entries), (leaf, entries))
+        everyone = [head for head, _ in sizes.values()]
+        place = {key: i for i, key in enumerate(sizes)}
+        largest = max(entries for _, entries in sizes.values())
 
         keep_heap()
         double = any(t.dtype == torch.float64 for head in everyone for t in (head.hidden, head.weight))
         self.block = torch.float64 if double else torch.float32
-        self.chunk = max(1, min(chunk_tokens(plan.vocab, model.weight.shape[1], len(everyone)), model.tokens))
-        self.rows = min(block_rows(plan.vocab, model.weight.device.type), self.chunk)
+        self.chunk = max(1, min(chunk_tokens(largest, model.weight.shape[1], len(everyone)), model.tokens))
+        self.rows = min(block_rows(largest, model.weight.device.type), self.chunk)
         self.sides = [
-            Side(head, plan.vocab, self.chunk, self.rows, product_dtype(head.weight), self.block) for head in everyone
+            Side(head, entries, self.chunk, self.rows, product_dtype(head.weight), self.block)
+            for head, entries in sizes.values()
         ]
-        self.mixed = [Mixed(t, [place[leaf.key] for leaf in t.leaves], self.sides) for t in plan.targets]
+        self.targets = [self._target(target, place) for target in plan.targets]
+        coarse = [isinstance(target, Coarse) for target in plan.targets]
+        self.functionals: Sequence[OnCoarse | Functional] = [
+            OnCoarse(w.functional)
+            if w.target is not None and coarse[w.target] and w.functional.needs_target
+            else w.functional
+            for w in plan.wants
+        ]
         self.values = model.hidden.new_empty(len(plan.wants), model.tokens, dtype=self.block)
 
         hidden, weight, bias = needs
@@ -95,6 +109,15 @@ class Sweep:
         if weight:
             self.gw = zeros((model.vocab, model.weight.shape[1]), self.block, model.weight.device)
         self.gb = model.weight.new_zeros(model.vocab, dtype=self.block) if bias else None
+
+    def _target(self, target: TargetRows | Coarse, place: dict[Hashable, int]) -> Mixed | CoarseSide:
+        """What hands out the rows of a target."""
+        if isinstance(target, Coarse):
+            law = None if isinstance(target.law, TopK) else target.law
+            entries = target.own_vocab(self.plan.vocab)
+            heads = None if law is None else Mixed(law, [place[leaf.key, entries] for leaf in law.leaves], self.sides)
+            return CoarseSide(target, None if heads is None else heads.rows, self.block)
+        return Mixed(target, [place[leaf.key, self.plan.vocab] for leaf in target.leaves], self.sides)
 
     def run(self, coefficients: Coefficients | None = None) -> Float[Tensor, "wants n"]:
         """All values; with ``coefficients``, the gradients are formed on the way."""
@@ -126,7 +149,7 @@ class Sweep:
         """
         local = slice(start - chunk, stop - chunk)
         sides = [side.rows(local.start, local.stop) for side in self.sides]
-        targets = [mixed.rows(sides) for mixed in self.mixed]
+        targets = [t.rows(sides, start, stop) if isinstance(t, CoarseSide) else t.rows(sides) for t in self.targets]
         try:
             return self._functionals(start, stop, local, sides[0], targets, coefficients)
         finally:
@@ -135,15 +158,21 @@ class Sweep:
                 row.pairs.clear()
 
     def _functionals(
-        self, start: int, stop: int, local: slice, model: Row, targets: list[Row], coefficients: Coefficients | None
+        self,
+        start: int,
+        stop: int,
+        local: slice,
+        model: Row,
+        targets: list[Row | CoarseRow],
+        coefficients: Coefficients | None,
     ) -> Float[Tensor, " rows"]:
         plan = self.plan
         token = None if plan.token is None else plan.token[start:stop]
-        rows: list[Row | None] = [None if want.target is None else targets[want.target] for want in plan.wants]
+        rows: list[Any] = [None if want.target is None else targets[want.target] for want in plan.wants]
         saved: list[Any] = []
         values = self.values[:, start:stop]
-        for k, want in enumerate(plan.wants):
-            value, kept = want.functional.value(model, rows[k], token)
+        for k, functional in enumerate(self.functionals):
+            value, kept = functional.value(model, rows[k], token)
             values[k] = value
             saved.append(kept)
         if coefficients is None or self.scratch is None:
@@ -155,15 +184,15 @@ class Sweep:
         unit = coefficient / torch.where(scale == 0, 1, scale)
         live, whole = (unit != 0).any(dim=1).tolist(), finite.all(dim=1).tolist()
         grad = self.scratch[: stop - start].zero_()
-        for k, want in enumerate(plan.wants):
+        for k, functional in enumerate(self.functionals):
             if not live[k]:
                 continue
             if whole[k]:
-                want.functional.add_gradient(grad, unit[k], model, rows[k], token, saved[k])
+                functional.add_gradient(grad, unit[k], model, rows[k], token, saved[k])
             else:
                 # Rare: 0 * inf inside the functional must not reach the rows that other functionals share.
                 apart = torch.zeros_like(grad)
-                want.functional.add_gradient(apart, unit[k], model, rows[k], token, saved[k])
+                functional.add_gradient(apart, unit[k], model, rows[k], token, saved[k])
                 grad += apart.masked_fill_(~finite[k][:, None], 0)
         if self.gb is not None:
             self.gb[: plan.vocab].addmv_(grad.T, scale / plan.model.temperature)
