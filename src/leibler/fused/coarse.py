@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from leibler.divergence.rows import FLOOR, LOG2E, OUTSIDE, Functional, Row
+from leibler.divergence.rows import FLOOR, LOG2E, Functional, Row
 from leibler.errors import ModelError, RecipeError
 from leibler.fused.operands import Linear, TargetRows
 
@@ -54,8 +54,40 @@ class TopK:
             )
 
 
+class OtherVocabulary:
+    """Base of targets that are not laws over the model's own entries: stored in part, merged, of another tokenizer."""
+
+    law: Any
+    """What is known of the target: heads (:class:`TargetRows`), or something stored."""
+
+    @property
+    def leaves(self) -> tuple[Linear, ...]:
+        raise NotImplementedError
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds beside its leaves."""
+        raise NotImplementedError
+
+    def rebuild(self) -> Callable[[Iterator[Linear], Iterator[Tensor | None]], OtherVocabulary]:
+        """What makes it again of its leaves and tensors, holding neither."""
+        raise NotImplementedError
+
+    def own_vocab(self, vocab: int) -> int:
+        """The entries of its leaves that are real, where the model has ``vocab``."""
+        raise NotImplementedError
+
+    def check(self, model: Linear, vocab: int) -> None:
+        """Raise a LeiblerError unless it fits ``vocab`` entries of the model."""
+        raise NotImplementedError
+
+    def side(self, law: Callable[[list[Row]], Row] | None, block: torch.dtype) -> PushedSide:
+        """What hands out its blocks during a pass; ``law`` hands out those of its heads, if it has any."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class Coarse:
+class Coarse(OtherVocabulary):
     """A target on a coarsened vocabulary: k entries of the model's and, with ``tail="bucket"``, one for all others.
 
     With C the kept entries, the model's law becomes ``p_c = (p_v for v in C, sum of the others)``, the target's
@@ -149,6 +181,10 @@ class Coarse:
         """The entries of its leaves that are real, where the model has ``vocab``."""
         return vocab if self.law_vocab is None else self.law_vocab
 
+    def side(self, law: Callable[[list[Row]], Row] | None, block: torch.dtype) -> PushedSide:
+        """What hands out its blocks during a pass."""
+        return CoarseSide(self, law, block)
+
     def check(self, model: Linear, vocab: int) -> None:
         """Raise a LeiblerError unless it fits ``vocab`` entries of the model."""
         tokens = [("model", self.token, vocab)]
@@ -217,7 +253,19 @@ class OnCoarse:
 
 
 class Pushed:
-    """The push-forward of a block of full rows, and the way back for gradients.
+    """The push-forward of a block of full rows, and the way back for gradients."""
+
+    @cached_property
+    def row(self) -> Row:
+        raise NotImplementedError
+
+    def pull(self, grad: Float[Tensor, "rows vocab"], small: Float[Tensor, "rows pushed"]) -> None:
+        """Add to ``grad`` the gradient by the full logits that belongs to ``small``, by the pushed ones."""
+        raise NotImplementedError
+
+
+class Kept(Pushed):
+    """Some entries kept, the others in one bucket or left out.
 
     Args:
         row: the full rows, base 2.
@@ -252,10 +300,8 @@ class Pushed:
         kept = small
         if self.tail == "bucket":
             kept, rest = small[:, :-1], small[:, -1:]
-            others = self.others
-            # Where nothing is left, every weight reads 2 ** (FLOOR - FLOOR) = 1.
-            rest = rest.masked_fill(others.maximum < OUTSIDE, 0.0)
-            grad.addcmul_(others.weights, rest / others.total)
+            # Where nothing is left, every weight reads 2 ** (FLOOR - FLOOR) = 1, and the gradient of the bucket is 0.
+            grad.addcmul_(self.others.weights, rest / self.others.total)
         if self.index.ndim == 1:
             grad.index_add_(-1, self.index, kept)
         else:
@@ -268,22 +314,29 @@ class CoarseRow:
     ``pairs`` is what the functionals keep of both, for the sweep to drop when it is done with the block.
     """
 
-    def __init__(self, row: Row, index: Int[Tensor, "..."], tail: Tail) -> None:
-        self.row, self.index = row, index
-        self.tail: Tail = tail
+    def __init__(self, row: Row, push: Callable[[Row], Pushed]) -> None:
+        self.row, self.push = row, push
         self.pairs: dict[int, Any] = row.pairs
         self._model: tuple[Row, Pushed] | None = None
 
     def pushed(self, model: Row) -> Pushed:
         """The push-forward of the model's block, made once."""
         if self._model is None or self._model[0] is not model:
-            pushed = Pushed(model, self.index, self.tail)
+            pushed = self.push(model)
             pushed.row.pairs = self.pairs
             self._model = model, pushed
         return self._model[1]
 
 
-class CoarseSide:
+class PushedSide:
+    """Hands out the blocks of a target during a pass."""
+
+    def rows(self, rows: list[Row], start: int, stop: int) -> CoarseRow:
+        """Tokens ``start`` to ``stop`` of the whole pass; ``rows`` are those of every head."""
+        raise NotImplementedError
+
+
+class CoarseSide(PushedSide):
     """Hands out the blocks of a coarse target during a pass.
 
     Args:
@@ -299,14 +352,18 @@ class CoarseSide:
         """Tokens ``start`` to ``stop`` of the whole pass; ``rows`` are those of every head."""
         target = self.target
         index = _cut(target.token, start, stop)
+
+        def keep(model: Row) -> Pushed:
+            return Kept(model, index, target.tail)
+
         if isinstance(target.law, TopK):
             logp = target.law.logp[start:stop].to(self.block)
             if target.tail == "bucket":
                 logp = torch.cat([logp, target.law.rest[start:stop, None].to(self.block)], dim=-1)
-            return CoarseRow(Row(logp.clamp(min=FLOOR).mul_(LOG2E).clamp_(min=FLOOR)), index, target.tail)
+            return CoarseRow(Row(logp.clamp(min=FLOOR).mul_(LOG2E).clamp_(min=FLOOR)), keep)
         assert self.law is not None
         here = index if target.law_token is None else _cut(target.law_token, start, stop)
-        return CoarseRow(Pushed(self.law(rows), here, target.tail).row, index, target.tail)
+        return CoarseRow(Kept(self.law(rows), here, target.tail).row, keep)
 
 
 def _cut(token: Tensor, start: int, stop: int) -> Tensor:
