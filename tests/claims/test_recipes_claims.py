@@ -14,6 +14,7 @@ from leibler.claims import distillation as d
 from leibler.claims import policy as pol
 from leibler.claims import preference as pref
 from leibler.claims import small_models as small
+from leibler.claims import targets as tg
 from leibler.divergence import AdaptiveKL, ForwardKL, Jeffreys, JensenShannon, ReverseKL
 from leibler.errors import RecipeError
 from leibler.estimate import K3
@@ -32,6 +33,7 @@ from leibler.objective import (
     Reference,
     Reward,
     Squared,
+    Teacher,
     Whitened,
 )
 from leibler.objective.terms import Term
@@ -164,6 +166,26 @@ BROKEN = [
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "fixed", scale=1.25),
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "clipped", clip=0.05),
     case(b.g_opd_is_myopic, "g-opd", "always-one", scale=1.0),
+    # rlad
+    case(tg.rlad_gates_by_the_teacher, "rlad", "sign", flipped()),
+    case(tg.rlad_gates_by_the_teacher, "rlad", "grpo", alpha=1.0),
+    case(tg.rlad_gates_by_the_teacher, "rlad", "teacher-only", alpha=0.0),
+    case(tg.rlad_gates_by_the_teacher, "rlad", "unclipped", clip=10.0),
+    case(tg.rlad_contains_grpo, "rlad", "sign", flipped()),
+    case(tg.rlad_contains_grpo, "rlad", "no-teacher", with_(PolicyGradient, surrogate=Clip(0.2))),
+    # delta-kd
+    case(tg.delta_kd_shifts_the_students_own_law, "delta-kd", "sign", flipped()),
+    case(tg.delta_kd_shifts_the_students_own_law, "delta-kd", "fixed", alpha=1.0),
+    case(tg.delta_kd_shifts_the_students_own_law, "delta-kd", "reverse", with_(Match, divergence=ReverseKL())),
+    case(tg.delta_kd_shifts_the_students_own_law, "delta-kd", "to-teacher", with_(Match, to=Teacher())),
+    case(tg.delta_kd_at_its_limits, "delta-kd", "to-reference", with_(Match, to=Reference())),
+    case(tg.delta_kd_at_its_limits, "delta-kd", "half", alpha=0.5),
+    # dpkd
+    case(tg.dpkd_moves_first_choices_only, "dpkd", "sign", flipped()),
+    case(tg.dpkd_moves_first_choices_only, "dpkd", "sharper", beta=1.0),
+    case(tg.dpkd_moves_first_choices_only, "dpkd", "labels", share=0.5),
+    case(tg.dpkd_copies_first_choices_not_laws, "dpkd", "forward", with_(Match, divergence=ForwardKL())),
+    case(tg.dpkd_copies_first_choices_not_laws, "dpkd", "sign", flipped()),
     # ppo
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "sign", flipped(PolicyGradient)),
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "without", without(PolicyGradient)),
@@ -257,6 +279,8 @@ BROKEN_FULL = [
     case(b.kdrl_starts_fast_and_ends_high, "kdrl", "sign-reward", flipped(PolicyGradient)),
     case(b.g_opd_goes_beyond_its_teachers, "g-opd", "plain", scale=1.0),
     case(b.g_opd_goes_beyond_its_teachers, "g-opd", "sign", flipped()),
+    case(tg.rlad_imitates_selectively, "rlad", "sign", flipped()),
+    case(tg.rlad_imitates_selectively, "rlad", "no-teacher", with_(PolicyGradient, surrogate=Clip(0.2))),
     case(b.ppo_holds_the_kl_at_its_target, "ppo", "deaf", horizon=1e12),
     case(b.ppo_holds_the_kl_at_its_target, "ppo", "no-reward", without(PolicyGradient)),
     case(b.grpo_climbs_and_stays_near, "grpo", "sign", flipped(PolicyGradient)),

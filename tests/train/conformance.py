@@ -166,6 +166,7 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     """Draw and annotate a batch; ``moved`` is how far the policy goes from there (default: a little, if used again)."""
     policy = tiny(0).requires_grad_(True)
     given = {"teacher": tiny(1, padding=5), "base": tiny(2), "reference": tiny(3, padding=2), "previous": tiny(4)}
+    given["teacher_base"] = tiny(5)
     models, modules = resolve(recipe.models, policy, given)
     for number, module in enumerate(modules.values()):
         module.double()

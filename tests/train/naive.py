@@ -204,6 +204,31 @@ def g_opd(t: dict[str, Table], scale: float = 1.25, clip: float | None = 10.0) -
     return -main.mean((logp - logp.detach()).exp() * advantage)
 
 
+def rlad(t: dict[str, Table], group_size: int = 4, alpha: float = 0.5, epochs: int = 4) -> Tensor:
+    main = t["main"]
+    logp = main.logp("policy")
+    old = logp.detach() if epochs == 1 else main.logp("old")
+    ratio = (logp - alpha * old - (1 - alpha) * main.logp("teacher")).exp()
+    return main.mean(clipped(ratio, group_normalised(main)[:, None]))
+
+
+def delta_kd(t: dict[str, Table], alpha: float = 1.0, imitate: float = 0.5) -> Tensor:
+    main = t["main"]
+    p = main.law(main.made.policy)
+    own, teacher, base = (main.law(main.made.models[n]).detach() for n in ("reference", "teacher", "teacher_base"))
+    target = (own + alpha * (teacher - base)).log_softmax(-1)
+    return (1 - imitate) * main.mean(kl(target, p)) - imitate * main.mean(main.taken(p))
+
+
+def dpkd(t: dict[str, Table], beta: float = 1.0, share: float = 0.5) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    first, second = q.argmax(-1, keepdim=True), p.argmax(-1, keepdim=True)
+    h = (p.gather(-1, first) - p.gather(-1, second) - q.gather(-1, first) + q.gather(-1, second))[..., 0]
+    preferred = -(beta * h).sigmoid().log()
+    return share * main.mean(preferred) - (1 - share) * main.mean(main.taken(p))
+
+
 def ppo(
     t: dict[str, Table], clip: float = 0.2, decay: float = 0.95, initial: float = 0.1, value_coefficient: float = 0.5,
     minibatches: int = 4, epochs: int = 4,
@@ -296,7 +321,10 @@ def inpo(t: dict[str, Table], eta: float = 0.0075, tau: float = 0.0025, group_si
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sft": sft, "kd": kd, "gkd": gkd, "akl": akl, "distillm": distillm, "minillm": minillm, "grpo": grpo,
-    "kdrl": kdrl, "g-opd": g_opd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
+    "kdrl": kdrl, "g-opd": g_opd,
+    "rlad": rlad,
+    "delta-kd": delta_kd,
+    "dpkd": dpkd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
 }  # fmt: skip
 
 

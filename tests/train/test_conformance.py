@@ -26,6 +26,9 @@ VARIANTS = [
     case("distillm", fresh_rows=True, text="text"),
     case("kdrl", group_size=4, guided=True),
     case("g-opd", scale=0.7, clip=0.3),
+    case("rlad", group_size=4, alpha=0.3, epochs=1),
+    case("delta-kd", alpha=2.0, imitate=0.2),
+    case("dpkd", beta=3.0, share=0.9),
     case("grpo", group_size=4, minibatches=2, epochs=2),
     case("grpo", group_size=4, coefficient=0.0),
     case("ppo", minibatches=1, epochs=1),
@@ -34,8 +37,9 @@ VARIANTS = [
     case("disco", group_size=4, tau=0.3, bound=1e-3, slope=10.0),
     case("inpo", group_size=4, eta=0.5, tau=0.5),
 ]
+GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo")
 PLAIN = [
-    case(slug, **({"group_size": 4} if slug in ("kdrl", "grpo", "disco", "inpo") else {})) for slug in recipes.names()
+    case(slug, **({"group_size": 4} if slug in GROUPED else {})) for slug in recipes.names()
 ]
 CASES = [*PLAIN, *(v for v in VARIANTS if v not in PLAIN)]
 every_case = pytest.mark.parametrize("chosen", CASES, ids=lambda c: c.id)

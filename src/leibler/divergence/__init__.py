@@ -6,6 +6,7 @@ In formulas ``p`` is the model's row and ``q`` the target's; values are in nats.
 from __future__ import annotations
 
 from leibler.divergence.adaptive import AdaptiveKL
+from leibler.divergence.argmax import ArgmaxMargin
 from leibler.divergence.base import Divergence, block_rows
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
@@ -23,6 +24,7 @@ __all__ = [
     "LOG2E",
     "AdaptiveKL",
     "Alpha",
+    "ArgmaxMargin",
     "CauchySchwarz",
     "ChiSquared",
     "Divergence",

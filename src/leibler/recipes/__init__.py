@@ -49,7 +49,7 @@ def find(slug: str) -> Method:
         return METHODS[slug]
     plain = slug.lower().replace("_", "-")
     near = difflib.get_close_matches(plain, METHODS, n=3, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    hint = f" (did you mean {' or '.join([', '.join(near[:-1]), near[-1]] if near[1:] else near)}?)" if near else ""
     raise RecipeError(f"'{slug}' is not a known method{hint}; see `leibler methods`.")
 
 

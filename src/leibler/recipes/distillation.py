@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from leibler.divergence import AdaptiveKL, Divergence, ForwardKL, JensenShannon, ReverseKL, SkewForwardKL
+from leibler.divergence import AdaptiveKL, ArgmaxMargin, Divergence, ForwardKL, JensenShannon, ReverseKL, SkewForwardKL
 from leibler.estimate import K2
 from leibler.objective import (
     Arithmetic,
@@ -24,6 +24,7 @@ from leibler.objective import (
     Policy,
     PolicyGradient,
     Ratio,
+    Reference,
     Reward,
     Signal,
     Teacher,
@@ -153,3 +154,65 @@ def g_opd(scale: float = 1.25, clip: float | None = 10.0) -> Recipe:
     """
     target = LogLinear({Teacher(): scale, Model("base"): 1 - scale}, clip=clip)
     return Recipe(OnPolicy(), Objective(PolicyGradient(LogRatio(target, Policy()), Ratio())))
+
+
+def rlad(
+    group_size: int = 8, alpha: float = 0.5, clip: float = 0.2, coefficient: float = 0.0, epochs: int = 4
+) -> Recipe:
+    """Reinforcement-aware Knowledge Distillation for LLM Reasoning (2026): the clip's ratio is taken to a geometric
+    mixture of the old policy and the teacher, so a good token that the teacher dislikes is not reinforced, and a bad one
+    that it likes is not punished.
+
+    The mixture is not normalised and the ratio no importance weight: its mean under the old policy is not 1. The published
+    values of ``alpha`` and ``clip`` could not be checked.
+
+    Args:
+        group_size: responses to each prompt.
+        alpha: the old policy's exponent in the mixture; 1 is GRPO's ratio.
+        clip: half-width of the ratio's region.
+        coefficient: of the reverse KL to the reference.
+        epochs: passes over each draw; with one or two, the clip hardly carries the teacher's signal.
+    """
+    anchor = LogLinear({Old(): alpha, Teacher(): 1 - alpha})
+    return Recipe(
+        OnPolicy(group_size) >> Score(Answer()),
+        Objective(
+            PolicyGradient(Reward() >> GroupNormalised(), Clip(clip, anchor=anchor)),
+            Match(ReverseKL(), to=Reference(), estimator=K2(), coefficient=coefficient),
+        ),
+        Schedule(epochs=epochs),
+    )
+
+
+def delta_kd(alpha: float = 1.0, imitate: float = 0.5) -> Recipe:
+    """Delta Knowledge Distillation for Large Language Models (2025): the student's own initial law, shifted as fine-tuning
+    shifted the teacher's: ``reference (teacher / teacher_base)^alpha``, normalised at each token.
+
+    Reconstructed from the abstract: the published shift may be another one.
+
+    Args:
+        alpha: how much of the teacher's shift is asked for.
+        imitate: share of the completions' own likelihood; the rest is the forward KL to the shifted law.
+    """
+    shifted = LogLinear({Reference(): 1.0, Teacher(): alpha, Model("teacher_base"): -alpha})
+    return Recipe(
+        Data(),
+        Objective(Match(ForwardKL(), to=shifted, coefficient=1 - imitate), Imitate(coefficient=imitate)),
+    )
+
+
+def dpkd(beta: float = 1.0, share: float = 0.5) -> Recipe:
+    """Direct Preference Knowledge Distillation for Large Language Models (2024), token by token as released: at each
+    context the teacher's most likely token is preferred to the student's, with the teacher in the reference's place.
+
+    Its fixed points are students with the teacher's first choices, not with its law. The published values of ``beta`` and
+    ``share`` could not be checked.
+
+    Args:
+        beta: sharpness of the preference.
+        share: of the preference; the rest is the completions' likelihood.
+    """
+    return Recipe(
+        Data(),
+        Objective(Match(ArgmaxMargin(beta), to=Teacher(), coefficient=share), Imitate(coefficient=1 - share)),
+    )

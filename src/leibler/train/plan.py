@@ -166,7 +166,7 @@ def _schedule(recipe: Recipe) -> list[str]:
 
 
 def _many(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('ch') else 's'}"
+    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('tch') else 's'}"
 
 
 def _need(need: Need) -> str:
