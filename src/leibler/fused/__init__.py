@@ -5,13 +5,16 @@ from __future__ import annotations
 from leibler.fused.coarse import Coarse, TopK
 from leibler.fused.functions import functionals, one_pass, support_violations
 from leibler.fused.linear import linear_divergence
+from leibler.fused.merged import Merged, VocabularyMap
 from leibler.fused.operands import Linear, TargetRows, Want
 
 __all__ = [
     "Coarse",
     "Linear",
+    "Merged",
     "TargetRows",
     "TopK",
+    "VocabularyMap",
     "Want",
     "functionals",
     "linear_divergence",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leibler.errors import RecipeError, RunError
-from leibler.fused.coarse import Coarse
+from leibler.fused.coarse import OtherVocabulary
 from leibler.fused.operands import Linear, TargetRows, Want, check
 from leibler.fused.sweep import Gradients, Plan, Sweep
 
@@ -35,7 +35,7 @@ def support_violations(values: Float[Tensor, "... n"]) -> Int[Tensor, "..."]:
 def functionals(
     model: Linear,
     wants: Sequence[Want],
-    targets: Sequence[TargetRows | Coarse] = (),
+    targets: Sequence[TargetRows | OtherVocabulary] = (),
     *,
     token: Int[Tensor, " n"] | None = None,
     vocab: int | None = None,
@@ -80,7 +80,7 @@ def functionals(
 def one_pass(
     model: Linear,
     wants: Sequence[Want],
-    targets: Sequence[TargetRows | Coarse],
+    targets: Sequence[TargetRows | OtherVocabulary],
     loss: Loss,
     *,
     token: Int[Tensor, " n"] | None = None,
@@ -126,7 +126,7 @@ def one_pass(
 def one_pass_per_token(
     model: Linear,
     want: Want,
-    targets: Sequence[TargetRows | Coarse],
+    targets: Sequence[TargetRows | OtherVocabulary],
     *,
     vocab: int | None = None,
 ) -> Float[Tensor, " n"]:
@@ -144,7 +144,7 @@ def one_pass_per_token(
 def _plan(
     model: Linear,
     wants: Sequence[Want],
-    targets: Sequence[TargetRows | Coarse],
+    targets: Sequence[TargetRows | OtherVocabulary],
     token: Tensor | None,
     vocab: int | None,
 ) -> Plan:

@@ -16,7 +16,7 @@ from leibler.divergence.rows import Functional
 from leibler.errors import DataError, ModelError, RecipeError
 
 if TYPE_CHECKING:
-    from leibler.fused.coarse import Coarse
+    from leibler.fused.coarse import OtherVocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ class Want:
 def check(
     model: Linear,
     wants: Sequence[Want],
-    targets: Sequence[TargetRows | Coarse],
+    targets: Sequence[TargetRows | OtherVocabulary],
     token: Int[Tensor, " n"] | None,
     vocab: int | None,
 ) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leibler.divergence.rows import Functional, Row
 from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype, zeros
-from leibler.fused.coarse import Coarse, CoarseRow, CoarseSide, OnCoarse, TopK
+from leibler.fused.coarse import CoarseRow, OnCoarse, OtherVocabulary, PushedSide
 from leibler.fused.operands import Linear, TargetRows, Want
 
 Coefficients = Callable[[Float[Tensor, "wants rows"], int, int], Float[Tensor, "wants rows"]]
@@ -25,7 +25,7 @@ class Plan:
 
     model: Linear
     wants: tuple[Want, ...]
-    targets: tuple[TargetRows | Coarse, ...]
+    targets: tuple[TargetRows | OtherVocabulary, ...]
     token: Int[Tensor, " n"] | None
     vocab: int
 
@@ -92,7 +92,7 @@ class Sweep:
             for head, entries in sizes.values()
         ]
         self.targets = [self._target(target, place) for target in plan.targets]
-        coarse = [isinstance(target, Coarse) for target in plan.targets]
+        coarse = [isinstance(target, OtherVocabulary) for target in plan.targets]
         self.functionals: Sequence[OnCoarse | Functional] = [
             OnCoarse(w.functional)
             if w.target is not None and coarse[w.target] and w.functional.needs_target
@@ -110,13 +110,13 @@ class Sweep:
             self.gw = zeros((model.vocab, model.weight.shape[1]), self.block, model.weight.device)
         self.gb = model.weight.new_zeros(model.vocab, dtype=self.block) if bias else None
 
-    def _target(self, target: TargetRows | Coarse, place: dict[Hashable, int]) -> Mixed | CoarseSide:
+    def _target(self, target: TargetRows | OtherVocabulary, place: dict[Hashable, int]) -> Mixed | PushedSide:
         """What hands out the rows of a target."""
-        if isinstance(target, Coarse):
-            law = None if isinstance(target.law, TopK) else target.law
+        if isinstance(target, OtherVocabulary):
+            law = target.law if isinstance(target.law, TargetRows) else None
             entries = target.own_vocab(self.plan.vocab)
             heads = None if law is None else Mixed(law, [place[leaf.key, entries] for leaf in law.leaves], self.sides)
-            return CoarseSide(target, None if heads is None else heads.rows, self.block)
+            return target.side(None if heads is None else heads.rows, self.block)
         return Mixed(target, [place[leaf.key, self.plan.vocab] for leaf in target.leaves], self.sides)
 
     def run(self, coefficients: Coefficients | None = None) -> Float[Tensor, "wants n"]:
@@ -149,7 +149,7 @@ class Sweep:
         """
         local = slice(start - chunk, stop - chunk)
         sides = [side.rows(local.start, local.stop) for side in self.sides]
-        targets = [t.rows(sides, start, stop) if isinstance(t, CoarseSide) else t.rows(sides) for t in self.targets]
+        targets = [t.rows(sides, start, stop) if isinstance(t, PushedSide) else t.rows(sides) for t in self.targets]
         try:
             return self._functionals(start, stop, local, sides[0], targets, coefficients)
         finally:
