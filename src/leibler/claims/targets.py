@@ -56,8 +56,8 @@ def _rlad_rows(recipe: Recipe, teacher: Table) -> Tensor:
 
 @claim(
     "rlad",
-    "The teacher gates each token at the first step already: a good one passes only where (old/teacher)^(1-alpha) is at "
-    "most 1 + clip, a bad one only where it is at least 1 - clip, and the ratio scales what passes",
+    "The teacher gates each token at the first step already: a good one passes only where (old/teacher)^(1-alpha) is "
+    "at most 1 + clip, a bad one only where it is at least 1 - clip, and the ratio scales what passes",
     "gradient equal to the gated sum written out over every pair of draws: relative difference below 1e-5, with both "
     "gates shut somewhere and open somewhere",
 )
@@ -115,10 +115,10 @@ def _half_wrong_teacher(recipe: Recipe, rounds: tuple[int, ...], seeds: int = 4)
 
 @claim(
     "rlad",
-    "Where the teacher is right, the gated ratio learns faster than rewards alone; where it is confidently wrong, it is "
-    "hurt less than by a KL to the teacher, but it is hurt",
-    "ten contexts of six arms, teacher wrong on three, 8 steps a round. After 6 rounds, where the teacher is right: 0.08 "
-    "ahead of rewards alone. After 20, where it is wrong: 0.1 ahead of rewards plus KL, 0.15 behind rewards alone",
+    "Where the teacher is right, the gated ratio learns faster than rewards alone; where it is confidently wrong, it "
+    "is hurt less than by a KL to the teacher, but it is hurt",
+    "ten contexts of six arms, teacher wrong on three, 8 steps a round. After 6 rounds, where the teacher is right: "
+    "0.08 ahead of rewards alone. After 20, where it is wrong: 0.1 ahead of rewards plus KL, 0.15 behind rewards alone",
     full=True,
 )
 def rlad_imitates_selectively(build: Build = of("rlad")) -> tuple[str, bool]:
@@ -177,8 +177,8 @@ def delta_kd_shifts_the_students_own_law(build: Build = of("delta-kd")) -> tuple
 
 @claim(
     "delta-kd",
-    "If student and teacher began as one model it is plain distillation; if the teacher never moved, the student is held "
-    "to its own initial law",
+    "If student and teacher began as one model it is plain distillation; if the teacher never moved, the student is "
+    "held to its own initial law",
     "gradients equal to 1e-6 to those of kd with the teacher, and with the initial law, as target",
 )
 def delta_kd_at_its_limits(build: Build = of("delta-kd")) -> tuple[str, bool]:

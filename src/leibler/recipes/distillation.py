@@ -160,11 +160,11 @@ def rlad(
     group_size: int = 8, alpha: float = 0.5, clip: float = 0.2, coefficient: float = 0.0, epochs: int = 4
 ) -> Recipe:
     """Reinforcement-aware Knowledge Distillation for LLM Reasoning (2026): the clip's ratio is taken to a geometric
-    mixture of the old policy and the teacher, so a good token that the teacher dislikes is not reinforced, and a bad one
-    that it likes is not punished.
+    mixture of the old policy and the teacher, so a good token that the teacher dislikes is not reinforced, and a bad
+    one that it likes is not punished.
 
-    The mixture is not normalised and the ratio no importance weight: its mean under the old policy is not 1. The published
-    values of ``alpha`` and ``clip`` could not be checked.
+    The mixture is not normalised and the ratio no importance weight: its mean under the old policy is not 1. The
+    published values of ``alpha`` and ``clip`` could not be checked.
 
     Args:
         group_size: responses to each prompt.
@@ -185,8 +185,8 @@ def rlad(
 
 
 def delta_kd(alpha: float = 1.0, imitate: float = 0.5) -> Recipe:
-    """Delta Knowledge Distillation for Large Language Models (2025): the student's own initial law, shifted as fine-tuning
-    shifted the teacher's: ``reference (teacher / teacher_base)^alpha``, normalised at each token.
+    """Delta Knowledge Distillation for Large Language Models (2025): the student's own initial law, shifted as
+    fine-tuning shifted the teacher's: ``reference (teacher / teacher_base)^alpha``, normalised at each token.
 
     Reconstructed from the abstract: the published shift may be another one.
 
@@ -205,8 +205,8 @@ def dpkd(beta: float = 1.0, share: float = 0.5) -> Recipe:
     """Direct Preference Knowledge Distillation for Large Language Models (2024), token by token as released: at each
     context the teacher's most likely token is preferred to the student's, with the teacher in the reference's place.
 
-    Its fixed points are students with the teacher's first choices, not with its law. The published values of ``beta`` and
-    ``share`` could not be checked.
+    Its fixed points are students with the teacher's first choices, not with its law. The published values of ``beta``
+    and ``share`` could not be checked.
 
     Args:
         beta: sharpness of the preference.
