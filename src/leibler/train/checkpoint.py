@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,12 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from leibler.errors import RunError
+from leibler.train import durable
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+TENSOR = "tensor:"
+"""Where a state holds a tensor, its JSON holds this and the tensor's name in ``state.safetensors``."""
 
 
 def save(
@@ -32,31 +33,47 @@ def save(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write ``folder/step-N`` atomically; older checkpoints beyond ``keep`` are removed afterwards."""
+    """Write ``folder/step-N`` atomically.
+
+    Afterwards older checkpoints beyond ``keep`` are removed, and so are newer ones: a run that went back to step N
+    does those steps again, and what it passed over must not push out what is whole.
+
+    Args:
+        folder: ``checkpoints`` in the run directory.
+        step: optimiser steps done.
+        modules: weights by name.
+        optimizer: its state goes along.
+        state: JSON values and tensors, nested as it pleases.
+        keep: how many stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name, module in modules.items():
-        save_model(module, str(aside / f"{name}.safetensors"))
-    tensors, groups = _flatten(optimizer)
-    save_file(tensors, str(aside / "optimizer.safetensors"))
-    (aside / "state.json").write_text(json.dumps({**state, "step": step, "optimizer_groups": groups}, sort_keys=True))
-    hashes = {p.name: _hash(p) for p in sorted(aside.iterdir())}
-    (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "step": step, "files": hashes}, indent=1))
-    for path in aside.iterdir():
-        _flush(path)
-    _flush(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    _flush(folder)
-    for old in _found(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    durable.sweep(folder)
+    durable.flush(folder.parent)
+    path = folder / f"step-{step:08d}"
+    with durable.folder(path) as aside:
+        for name, module in modules.items():
+            save_model(module, str(aside / f"{name}.safetensors"))
+        tensors, groups = _flatten(optimizer)
+        save_file(tensors, str(aside / "optimizer.safetensors"))
+        held: dict[str, torch.Tensor] = {}
+        plain = _without_tensors({**state, "step": step, "optimizer_groups": groups}, held, "")
+        save_file(held, str(aside / "state.safetensors"))
+        (aside / "state.json").write_text(json.dumps(plain, sort_keys=True))
+        hashes = {p.name: _hash(p) for p in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "step": step, "files": hashes}, indent=1))
+    found = _found(folder)
+    older = [p for p in found if p.name <= path.name]
+    for other in (*older[:-keep], *found[len(older) :]):
+        durable.remove(other)
+    return path
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are whole, and a sentence about each newer one that is not."""
+    """The newest checkpoint whose files are whole, and a sentence about each newer one that is not.
+
+    Raises:
+        RunError: for a whole checkpoint that another version of this package wrote.
+    """
     complaints = []
     for path in reversed(_found(folder)):
         fault = _fault(path)
@@ -68,7 +85,8 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
 
 def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint's weights and optimizer state in place; returns the rest of the state."""
-    state = json.loads((path / "state.json").read_text())
+    plain = json.loads((path / "state.json").read_text())
+    state = _with_tensors(plain, load_file(str(path / "state.safetensors")))
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
         if not file.exists():
@@ -76,6 +94,31 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Op
         load_model(module, str(file))
     _unflatten(optimizer, load_file(str(path / "optimizer.safetensors")), state["optimizer_groups"])
     return state
+
+
+def _without_tensors(value: Any, held: dict[str, torch.Tensor], name: str) -> Any:
+    """The value with each tensor replaced by its name; the tensors are put into ``held``."""
+    if isinstance(value, torch.Tensor):
+        held[name] = value.detach().cpu().contiguous()
+        return TENSOR + name
+    if isinstance(value, Mapping):
+        if not all(isinstance(k, str) for k in value):
+            raise RunError(f"the state {name or 'of the run'} has keys that are not text; JSON would change them.")
+        return {k: _without_tensors(v, held, f"{name}/{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, held, f"{name}/{i}") for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, held: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(TENSOR):
+        # Text that looks like the name of a tensor, but is none, was text.
+        return held.get(value[len(TENSOR) :], value)
+    if isinstance(value, dict):
+        return {k: _with_tensors(v, held) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(v, held) for v in value]
+    return value
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -100,12 +143,20 @@ def _found(folder: Path) -> list[Path]:
 
 def _fault(path: Path) -> str | None:
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"].items()
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, version = dict(manifest["files"]), int(manifest["version"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "has no readable manifest"
-    for name, expected in files:
+    if version != VERSION:
+        raise RunError(
+            f"the checkpoint {path} has the format {version}, and this version of leibler reads {VERSION}; go on with "
+            "the version that run.yaml names, or begin the run again in another directory."
+        )
+    if not {"state.json", "state.safetensors", "optimizer.safetensors"} <= files.keys():
+        return "has a manifest that names too few files"
+    for name, expected in files.items():
         file = path / name
-        if not file.exists():
+        if file.parent != path or not file.exists():
             return f"lacks {name}"
         if _hash(file) != expected:
             return f"has an altered {name}"
@@ -115,11 +166,3 @@ def _fault(path: Path) -> str | None:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
