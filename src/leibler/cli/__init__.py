@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from leibler.errors import LeiblerError
+from leibler.safety import printable
 
 __all__ = ["main"]
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="leibler")
     except LeiblerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

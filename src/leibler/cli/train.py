@@ -17,6 +17,7 @@ from leibler.errors import RunError
 NAMED = ("data", "models")
 """Keys that take a name after a dot: ``models.base=DIR``."""
 SINGLE = ("student", "teacher", "data", "validation", "out")
+TRUST = "trust_remote_code"
 INTERRUPTED = 130
 
 
@@ -34,6 +35,7 @@ class Request:
     out: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     quiet: bool = False
+    repeats: str | None = None
 
     def changed(self, changes: Mapping[str, str]) -> Request:
         """This request with ``key=value`` pairs applied.
@@ -71,6 +73,7 @@ class Request:
     def run(self, *, resume: bool = False) -> Any:
         """Build the recipe and train."""
         from leibler.train import Options, fit
+        from leibler.train.run_file import absolute
 
         recipe, options = recipe_from(self.recipe, self.overrides), Options(**self.options)
         if self.student is None:
@@ -79,64 +82,116 @@ class Request:
             raise RunError("no data was given; add data=FILE or data=task:NAME.")
         if self.out is None:
             raise RunError("no run directory was given; add out=DIR.")
+        repeats = {} if self.repeats is None else {"repeats": absolute(self.repeats)}
         return fit(
             recipe,
-            student=_whole(self.student),
-            teacher=None if self.teacher is None else _whole(self.teacher),
-            models={name: _whole(path) for name, path in self.models.items()},
-            data={name: _whole(spec) for name, spec in self.data.items()},
-            validation=None if self.validation is None else _whole(self.validation),
+            student=absolute(self.student),
+            teacher=None if self.teacher is None else absolute(self.teacher),
+            models={name: absolute(path) for name, path in self.models.items()},
+            data={name: absolute(spec) for name, spec in self.data.items()},
+            validation=None if self.validation is None else absolute(self.validation),
             out=self.out,
             options=options,
             resume=resume,
             quiet=self.quiet,
-            origin={"recipe": self.recipe, "overrides": dict(self.overrides)},
+            origin={"recipe": self.recipe, "overrides": dict(self.overrides), **repeats},
         )
 
 
-def from_file(path: Path) -> Request:
+def from_file(path: Path, trusted: bool = False) -> Request:
     """The request that a ``run.yaml`` (or the run directory that holds it) records.
+
+    Paths that are not absolute are looked for in the working directory and then beside the file.
+
+    Args:
+        path: the file or directory.
+        trusted: the user said again that code which comes with checkpoints may run. A file cannot say so by itself.
 
     Raises:
         RunError: no such file, not a run file, or a run of what only Python can build.
     """
-    from leibler.train import Options
-    from leibler.train.setup import read_run_file
+    from leibler.train.run_file import read_run_file
 
     content = read_run_file(path)
-    for key in ("recipe", "student", "teacher", "validation"):
-        _not_in_memory(path, key, content.get(key))
-    for group in ("models", "data"):
-        value = content.get(group) or {}
-        for name, text in value.items() if isinstance(value, dict) else [("train", value)]:
-            _not_in_memory(path, f"{group}.{name}", text)
-    known = {f.name for f in dataclasses.fields(Options)}
-    options = content.get("options") or {}
-    for name in options:
-        if name not in known:
-            raise RunError(f"{path} sets the option {name}, which this version of leibler does not have; remove it.")
-    data = content.get("data") or {}
+    texts: dict[str, str | None] = {k: _text(path, k, content.get(k)) for k in ("recipe", *SINGLE) if k != "data"}
+    data = content.get("data")
+    data = _texts(path, "data", data if isinstance(data, dict) or data is None else {"train": data})
+    models = _texts(path, "models", content.get("models"))
+    if texts["recipe"] == "custom":
+        raise RunError(f"{path} records a recipe that was built in Python; repeat or resume it there, with fit().")
+    options = _options(path, content.get("options"))
+    if options.get("trust_remote_code") and not trusted:
+        raise RunError(
+            f"{path} asks to run code that comes with a checkpoint, which a file cannot allow; if you trust the "
+            "models, add trust_remote_code=true."
+        )
+    folder = path if path.is_dir() else path.parent
+    single: dict[str, Any] = {}
+    for key in ("student", "teacher", "validation"):
+        text = texts[key]
+        single[key] = None if text is None else _place(text, folder)
+        key: texts[key] and _place(texts[key], folder) for key in ("student", "teacher", "validation")
+    }
     return Request(
-        recipe=content["recipe"],
-        overrides=content.get("overrides") or {},
-        student=content.get("student"),
-        teacher=content.get("teacher"),
-        models=content.get("models") or {},
-        data=data if isinstance(data, dict) else {"train": data},
-        validation=content.get("validation"),
-        out=content.get("out"),
+        recipe=str(texts["recipe"]),
+        overrides=_texts(path, "overrides", content.get("overrides")),
+        models={name: _place(text, folder) for name, text in models.items()},
+        data={name: _place(text, folder) for name, text in data.items()},
+        out=texts["out"],
         options=options,
+        **single,
     )
 
 
-def _not_in_memory(path: Path, key: str, value: Any) -> None:
-    if (key == "recipe" and value == "custom") or (isinstance(value, str) and value.endswith("given in memory>")):
+def _options(path: Path, value: Any) -> dict[str, Any]:
+    """The options of a file, each of the type that it must have."""
+    from leibler.train import Options
+
+    known = overrides.parameters(Options)
+    read: dict[str, Any] = {}
+    for name, text in _texts(path, "options", value, none="none").items():
+        if name not in known:
+            raise RunError(f"{path} sets the option {name}, which this version of leibler does not have; remove it.")
+        read[name] = overrides.convert(text, known[name], f"{path}: {name}")
+    return read
+
+
+def _texts(path: Path, key: str, value: Any, none: str | None = None) -> dict[str, str]:
+    """The entries of a mapping in a file, as text; ``none`` stands for an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RunError(f"{path} has a {key} that is no mapping; restore it from the run.")
+    read = {}
+    for name, entry in value.items():
+        text = _text(path, f"{key}.{name}", entry) if isinstance(name, str) else None
+        text = none if text is None else text
+        if text is None:
+            raise RunError(f"{path} has an entry {name!r} of {key} that says nothing; remove it.")
+        read[name] = text
+    return read
+
+
+def _text(path: Path, key: str, value: Any) -> str | None:
+    """A plain value of a file as it would be typed on the command line."""
+    from leibler.train.run_file import in_memory
+
+    if isinstance(value, str) and in_memory(value):
         raise RunError(f"{path} records a {key} that was built in Python; repeat or resume it there, with fit().")
+    if isinstance(value, bool):
+        return str(value).lower()
+    # A number of thousands of digits, which YAML reads where it is written in base 16, cannot be written in base 10.
+    if value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**64):
+        return None if value is None else str(value)
+    raise RunError(f"{path} has a {key} that is neither text nor a number; restore it from the run.")
 
 
-def _whole(text: str) -> str:
-    """A path that exists, made absolute, so that a run file means the same from every directory; else the text."""
-    return str(Path(text).resolve()) if Path(text).exists() else text
+def _place(text: str, folder: Path) -> str:
+    """A path as it is, or beside the run file if it is only there; else the text, perhaps a hub id or a task."""
+    from leibler.train.run_file import absolute, exists
+
+    beside = str(folder / text)
+    return absolute(beside) if exists(beside) and not exists(text) else text
 
 
 def _beside(folder: Path) -> str:
@@ -153,9 +208,10 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
         typer.Exit: 130 after Ctrl-C.
     """
     if resume is not None:
-        if recipe is not None:
+        trusted = _trusted(overrides.split([recipe, *arguments] if recipe and "=" in recipe else arguments))
+        if (recipe is not None and "=" not in recipe) or trusted is None:
             raise RunError(f"--resume goes on with {resume} as it was begun; leave out {recipe!r} and what follows it.")
-        request = dataclasses.replace(from_file(resume), out=str(resume))
+        request = dataclasses.replace(from_file(resume, trusted), out=str(resume))
     elif recipe is None:
         raise RunError("no recipe was given; `leibler methods` lists them, and --resume DIR goes on with a run.")
     elif "=" in recipe:
@@ -163,7 +219,7 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
     elif recipe.endswith((".yaml", ".yml")) or (Path(recipe) / "run.yaml").exists():
         changes = overrides.split(arguments)
         path = Path(recipe)
-        request = from_file(path)
+        request = dataclasses.replace(from_file(path, bool(_trusted(changes, others=True))), repeats=str(path))
         if "out" not in changes:
             changes["out"] = _beside((path if path.is_dir() else path.parent).resolve())
         request = request.changed(changes)
@@ -175,6 +231,13 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
         typer.echo(_saved(Path(request.out or ".")), err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(_summary(run))
+
+
+def _trusted(changes: Mapping[str, str], others: bool = False) -> bool | None:
+    """Whether the command line allows code of checkpoints; None if it says something else and must not."""
+    if not others and set(changes) - {TRUST}:
+        return None
+    return TRUST in changes and overrides.convert(changes[TRUST], bool, TRUST)
 
 
 def _saved(out: Path) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +11,18 @@ import torch
 
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
+from leibler.safety import plain_name, refuse_links
 from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
+from leibler.train.run_file import RUN_FILE, check_identity, identity  # noqa: F401
+from leibler.train.run_file import write as write_run_file  # noqa: F401
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
     from leibler.policy import CausalLM
 
-RUN_FILE = "run.yaml"
 ASIDE = "set_aside"
-COMMANDS = ("leibler", "__main__.py")
 
 
 def claim_directory(out: Path, *, resume: bool) -> bool:
@@ -33,6 +30,7 @@ def claim_directory(out: Path, *, resume: bool) -> bool:
     if resume:
         if not (out / RUN_FILE).exists():
             raise RunError(f"{out} holds no run to resume (it has no {RUN_FILE}); check the path.")
+        refuse_links(out)
         return False
     if out.is_file():
         raise RunError(f"out={out} is a file; give a directory.")
@@ -41,6 +39,8 @@ def claim_directory(out: Path, *, resume: bool) -> bool:
         what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
         raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
     made = not out.exists()
+    if not made:
+        refuse_links(out)
     out.mkdir(parents=True, exist_ok=True)
     return made
 
@@ -52,90 +52,6 @@ def remove_empty(out: Path) -> None:
     for folder in sorted((p for p in out.rglob("*") if p.is_dir()), reverse=True):
         folder.rmdir()
     out.rmdir()
-
-
-def write_run_file(
-    out: Path,
-    origin: Mapping[str, Any],
-    given: Mapping[str, Any],
-    options: Options,
-    recipe: Recipe,
-    identity: Mapping[str, Mapping[str, str]],
-) -> None:
-    """``run.yaml``: everything needed to repeat the run."""
-    import yaml
-
-    from leibler.train.plan import describe
-
-    packages = ("leibler", "torch", "transformers", "accelerate", "datasets", "peft")
-    whole = {
-        **origin,
-        **{name: _plain(value) for name, value in given.items()},
-        "out": str(out),
-        "options": asdict(options),
-        **identity,
-        "description": describe(recipe),
-        "versions": {"python": sys.version.split()[0], **{p: version(p) for p in packages}},
-        "threads": torch.get_num_threads(),
-        "command": shlex.join(["leibler", *sys.argv[1:]]) if Path(sys.argv[0]).name in COMMANDS else "",
-    }
-    (out / RUN_FILE).write_text(yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
-
-
-def identity(data: Mapping[str, Dataset], models: Mapping[str, CausalLM]) -> dict[str, dict[str, str]]:
-    """What a resumed run must find again: the records, and the weights before the first step."""
-    return {
-        "data_hashes": {name: dataset.content_hash for name, dataset in data.items()},
-        "weight_hashes": {name: _fingerprint(model) for name, model in models.items()},
-    }
-
-
-def check_identity(out: Path, found: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse to go on with other records or other weights than the run in ``out`` was begun with."""
-    written = read_run_file(out)
-    for kind, what in (("data_hashes", "the records of data."), ("weight_hashes", "the weights of the model ")):
-        for name, before in (written.get(kind) or {}).items():
-            if found[kind].get(name) not in (before, None):
-                name = "student" if name == "policy" else name
-                raise RunError(
-                    f"{what}{name} are not those that the run in {out} was begun with; give the same again "
-                    "(a model in memory that was trained since is another one)."
-                )
-
-
-def _fingerprint(model: CausalLM) -> str:
-    """A hash of some numbers of every weight: enough to tell two models apart, cheap for large ones."""
-    state = hashlib.sha256()
-    for parameter in model.parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(flat.numel() // 64, 1)].to("cpu", torch.float32)
-        state.update(some.numpy().tobytes())
-    return state.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Paths and specifications as text; what was given in memory, by what it is."""
-    if value is None or isinstance(value, (str, Path)):
-        return None if value is None else str(value)
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return getattr(value, "name", None) or f"<{type(value).__name__} given in memory>"
-
-
-def read_run_file(path: Path) -> dict[str, Any]:
-    """A ``run.yaml``, or the one in a run directory."""
-    import yaml
-
-    path = path / RUN_FILE if path.is_dir() else path
-    if not path.exists():
-        raise RunError(f"{path} does not exist; give a run directory or its {RUN_FILE}.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise RunError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); restore it from the run.") from error
-    if not isinstance(content, dict) or "recipe" not in content:
-        raise RunError(f"{path} does not describe a run (no 'recipe'); give a {RUN_FILE} that leibler train wrote.")
-    return content
 
 
 def load_model(source: Any, options: Options, *, trained: bool, key: str) -> CausalLM:
@@ -193,7 +109,7 @@ def load_data(
             raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
         labels = ("chosen", "rejected") if name in pairs else ("completion",)
         needs = ("prompt",) if kind == "prompts" else ("prompt", *labels)
-        data = usable(specs[name], needs, policy, options, out / ASIDE / f"{name}.jsonl", kind)
+        data = usable(specs[name], needs, policy, options, out / ASIDE / f"{plain_name(name, 'the data')}.jsonl", kind)
         if name not in pairs and data.kind == "preferences":
             # A completion is asked for: a pair beside it is no second label, least of all its rejected half.
             data = replace(data, records=tuple(replace(r, chosen=None, rejected=None) for r in data.records))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from leibler.errors import RunError
-from leibler.train.setup import RUN_FILE, read_run_file
+from leibler.train.run_file import RUN_FILE, read_run_file
 
 DEMO_FILE = "demo.json"
 

@@ -154,8 +154,8 @@ def load_pair(model: str | Path, target: str | Path, options: Mapping[str, Any] 
     from leibler.policy import CausalLM, same_tokenizer
 
     dtype = getattr(torch, str(options.get("dtype", "float32")), torch.float32)
-    trust = options.get("trust_remote_code") is True
-    one, other = (CausalLM.load(source, dtype=dtype, trust_remote_code=trust) for source in (model, target))
+    # A run file does not say whether code that comes with a checkpoint may run: it may come from elsewhere itself.
+    one, other = (CausalLM.load(source, dtype=dtype) for source in (model, target))
     same_tokenizer(one, other, ("model", "target"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return one.to(device), other.to(device)
