@@ -130,8 +130,6 @@ def from_file(path: Path, trusted: bool = False) -> Request:
     for key in ("student", "teacher", "validation"):
         text = texts[key]
         single[key] = None if text is None else _place(text, folder)
-        key: texts[key] and _place(texts[key], folder) for key in ("student", "teacher", "validation")
-    }
     return Request(
         recipe=str(texts["recipe"]),
         overrides=_texts(path, "overrides", content.get("overrides")),
