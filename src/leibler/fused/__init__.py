@@ -7,6 +7,7 @@ from leibler.fused.functions import functionals, one_pass, support_violations
 from leibler.fused.linear import linear_divergence
 from leibler.fused.merged import Merged, VocabularyMap
 from leibler.fused.operands import Linear, TargetRows, Want
+from leibler.fused.topk import top_k
 
 __all__ = [
     "Coarse",
@@ -20,4 +21,5 @@ __all__ = [
     "linear_divergence",
     "one_pass",
     "support_violations",
+    "top_k",
 ]
