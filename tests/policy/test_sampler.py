@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from leibler.errors import DataError, ModelError
-from leibler.policy import CausalLM, character_tokenizer, logprobs, right_pad, sample, sampler, tiny_llama, uniforms
+from leibler.policy import (
+    CausalLM,
+    character_tokenizer,
+    decode,
+    logprobs,
+    right_pad,
+    sample,
+    sampler,
+    tiny_llama,
+    uniforms,
+)
 
 
 def pairs_of(prompts: list[list[int]], samples: sampler.Samples, group: int) -> list[tuple[list[int], list[int]]]:
@@ -208,13 +218,17 @@ def test_finished_rows_leave_the_batch(
 ) -> None:
     model = eager_to_stop(model)
     sizes = []
-    hidden = CausalLM.hidden
 
-    def watched(self: CausalLM, tokens: torch.Tensor, *rest, **options):
-        sizes.append(tokens.shape[0])
-        return hidden(self, tokens, *rest, **options)
+    def watched(model: CausalLM):
+        made = decode.decoder(model)
+        for name in ("read", "advance"):
+            method = getattr(made, name)
+            monkeypatch.setattr(
+                made, name, lambda tokens, *rest, method=method: (sizes.append(len(tokens)), method(tokens, *rest))[1]
+            )
+        return made
 
-    monkeypatch.setattr(CausalLM, "hidden", watched)
+    monkeypatch.setattr(sampler, "decoder", watched)
     sample(model, prompts, uniforms=uniforms(6, "test", 0, rows=32, n=20), group_size=8)
     assert sizes[0] == 4  # each prompt is read once
     assert sizes[1] == 32

@@ -65,6 +65,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.network = network
         self.tokenizer = tokenizer
+        self.decodes_lean: bool | None = None
         # Not len(tokenizer) alone: where ids have gaps, the last entry still has to be reachable.
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
         if self.causal.base_model is self.causal:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from leibler.errors import DataError, ModelError
+from leibler.policy.decode import decoder
 from leibler.policy.draw import invert, law_
 from leibler.policy.model import CausalLM, evaluating, same_tokenizer
 
@@ -126,8 +126,6 @@ class _Law:
 
     def read(self, prompts: list[tuple[int, ...]], limit: int) -> None:
         """Prefill each different prompt once, then one row of the cache for each of ``prompts``."""
-        from leibler.policy.cache import make_cache
-
         distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
         longest = max(map(len, distinct))
         device = self.models[0].device
@@ -137,38 +135,26 @@ class _Law:
         for prompt, number in distinct.items():
             tokens[number, longest - len(prompt) :] = torch.tensor(prompt, device=device)
             attention[number, longest - len(prompt) : longest] = True
-        self.caches = [make_cache(model, limit) for model in self.models]
+        self.decoders = [decoder(model) for model in self.models]
         self.used, self.padded = longest, not bool(attention.all())
         self.attention = attention
         self.next_position = attention[:, :longest].sum(1)
-        positions = (attention[:, :longest].long().cumsum(1) - 1).clamp_min(0)
-        self.states = [
-            model.hidden(
-                tokens, attention[:, :longest], positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            for model, cache in zip(self.models, self.caches, strict=True)
-        ]
+        self.states = [one.read(tokens, attention[:, :longest], limit) for one in self.decoders]
         if len(distinct) < len(prompts):
             self.keep(torch.tensor([distinct[prompt] for prompt in prompts], device=device))
 
     def keep(self, index: Tensor) -> None:
         """Go on with the rows ``index`` (repeats allowed)."""
-        for cache in self.caches:
-            cache.reorder_cache(cast(torch.LongTensor, index))
+        for one in self.decoders:
+            one.keep(index)
         self.attention, self.next_position = self.attention[index], self.next_position[index]
         self.states = [state[index] for state in self.states]
 
     def advance(self, token: Tensor) -> None:
         """Append one token to each row."""
         self.used += 1
-        attention = self.attention[:, : self.used]
-        positions = self.next_position[:, None]
-        self.states = [
-            model.hidden(token[:, None], attention, positions, past_key_values=cache, use_cache=True).last_hidden_state[
-                :, -1
-            ]
-            for model, cache in zip(self.models, self.caches, strict=True)
-        ]
+        attention = self.attention[:, : self.used] if self.padded else None
+        self.states = [one.advance(token, attention, self.next_position) for one in self.decoders]
         self.next_position = self.next_position + 1
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
