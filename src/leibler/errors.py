@@ -7,7 +7,12 @@ class LeiblerError(Exception):
     """A mistake that the user can mend.
 
     The command line prints the message as one sentence and exits with status 2; the library raises it as it is.
+
+    Attributes:
+        elsewhere: True where another process of the same run met the error, and says it.
     """
+
+    elsewhere: bool = False
 
 
 class RecipeError(LeiblerError):

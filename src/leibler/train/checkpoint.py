@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leibler.errors import RunError
-from leibler.train import durable
+from leibler.train import durable, sharding
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -32,6 +32,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int = 2,
+    main: bool = True,
 ) -> Path:
     """Write ``folder/step-N`` atomically.
 
@@ -45,15 +46,20 @@ def save(
         optimizer: its state goes along.
         state: JSON values and tensors, nested as it pleases.
         keep: how many stay.
+        main: False in all but the first of several processes. Each must call, since sharded weights are gathered from
+            all; one writes, and what it writes does not show how many they were.
     """
+    path = named(folder, step)
+    weights = {name: sharding.weights(module, keep=main) for name, module in modules.items()}
+    tensors, groups = _flatten(optimizer)
+    if not main:
+        return path
     folder.mkdir(parents=True, exist_ok=True)
     durable.sweep(folder)
     durable.flush(folder.parent)
-    path = folder / f"step-{step:08d}"
     with durable.folder(path) as aside:
-        for name, module in modules.items():
-            save_model(module, str(aside / f"{name}.safetensors"))
-        tensors, groups = _flatten(optimizer)
+        for name, whole in weights.items():
+            save_file(whole, str(aside / f"{name}.safetensors"))
         save_file(tensors, str(aside / "optimizer.safetensors"))
         held: dict[str, torch.Tensor] = {}
         plain = _without_tensors({**state, "step": step, "optimizer_groups": groups}, held, "")
@@ -66,6 +72,11 @@ def save(
     for other in (*older[:-keep], *found[len(older) :]):
         durable.remove(other)
     return path
+
+
+def named(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -91,7 +102,12 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Op
         file = path / f"{name}.safetensors"
         if not file.exists():
             raise RunError(f"the checkpoint {path} has no weights for {name!r}; resume with the recipe it was made by.")
-        load_model(module, str(file))
+        missing = sharding.put_weights(module, load_file(str(file)))
+        if missing:
+            raise RunError(
+                f"the checkpoint {path} does not fit {name!r} (it lacks {missing[0]} in its shape); resume with the "
+                "models it was made by."
+            )
     _unflatten(optimizer, load_file(str(path / "optimizer.safetensors")), state["optimizer_groups"])
     return state
 
@@ -123,15 +139,23 @@ def _with_tensors(value: Any, held: Mapping[str, torch.Tensor]) -> Any:
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     whole = optimizer.state_dict()
-    tensors = {f"{i}.{k}": v.contiguous() for i, slots in whole["state"].items() for k, v in slots.items()}
+    tensors = {
+        f"{i}.{k}": sharding.full(v).cpu().contiguous() for i, slots in whole["state"].items() for k, v in slots.items()
+    }
     groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in g.items()} for g in whole["param_groups"]]
     return tensors, groups
 
 
 def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[Any]) -> None:
     slots: dict[int, dict[str, torch.Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
+        parameter = parameters[int(index)]
+        if sharding.is_share(parameter) and tensor.shape == parameter.shape:
+            slot = torch.zeros_like(parameter, requires_grad=False)
+            sharding.put(tensor, slot)
+            tensor = slot
         slots.setdefault(int(index), {})[key] = tensor
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})

@@ -6,7 +6,7 @@ exact plans is cheapest; denominators are taken over the whole optimiser batch (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ class Engine:
 
     Args:
         recipe: what to descend.
-        policy: the module that is called (it may be wrapped for several processes).
+        policy: the module that is called (it may be wrapped, for compilation).
         models: all language models by name, ``policy`` among them (unwrapped).
         modules: trained side modules by name.
         temperature: every log-prob is taken at the sampling temperature.
@@ -52,6 +52,9 @@ class Engine:
         backward: the accelerator's.
         autocast: the context that forward passes run in.
         reduce, most, world: the sum of a tensor and the largest of a number over all processes, and how many they are.
+        average: makes the gradients of parameters their mean over all processes, once an optimiser step.
+        lockstep: True where every pass through a model is one of all processes (its weights are sharded), so that all
+            must make equally many.
     """
 
     def __init__(
@@ -68,8 +71,10 @@ class Engine:
         backward: Callable[[Tensor], None] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         most: Callable[[int], int] | None = None,
+        average: Callable[[Iterable[nn.Parameter]], None] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         world: int = 1,
+        lockstep: bool = False,
     ) -> None:
         self.recipe = recipe
         self.policy = policy
@@ -83,9 +88,13 @@ class Engine:
         self.reduce = reduce or (lambda x: x)
         self.autocast = autocast
         self.most = most or (lambda n: n)
+        self.average = average or (lambda parameters: None)
         self.world = world
+        self.lockstep = lockstep
         self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
         self.names = _names(recipe.objective.terms)
+        self.raised: Mapping[str, float] = {}
+        """A factor on the coefficient of a term, where a guard has raised it."""
         self.device = models["policy"].device
         # Numbers per event: float32 at least, whatever the weights.
         self.dtype = torch.promote_types(models["policy"].head()[0].dtype, torch.float32)
@@ -141,7 +150,9 @@ class Engine:
         model = self.models[name]
         total = rows.row.shape[0]
         out = {need: torch.zeros(total, dtype=self.dtype, device=self.device) for need in needs}
-        for index in self._cut(rows, whole_groups=False):
+        cuts = self._cut(rows, whole_groups=False)
+        idle = self._fewer(cuts)
+        for index in cuts:
             part = rows.select(index)
             at = _events_of(rows, index)
             hidden = self._event_hidden(model, part)
@@ -152,6 +163,8 @@ class Engine:
                     want = [Want(SampledLogProb())]
                     value = functionals(self._linear(model, hidden), want, token=part.label, vocab=model.vocab_size)
                     out[need][at] = value[0].to(self.dtype)
+        for _ in range(idle):
+            self._idle_pass(model)
         return out
 
     # ---- once per optimiser step ---------------------------------------------------------------------------------
@@ -168,11 +181,7 @@ class Engine:
             plan = self.plans[stream]
             if plan.terms or plan.side:
                 self._accumulate(plan, view, counts, log, step)
-        if self.world > 1:
-            # The wrapper averages the policy's gradient over the processes; side modules have none.
-            for parameter in (p for module in self.modules.values() for p in module.parameters()):
-                local = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.reduce(local) / self.world
+        self.average(p for m in (self.models["policy"], *self.modules.values()) for p in m.parameters())
         self._finish(views, counts, log, step)
         return step
 
@@ -188,8 +197,7 @@ class Engine:
         surveyed = self._survey(plan, view, cuts) if plan.survey or replay else None
         scales = self._scales(plan, view, surveyed, counts, step)
         cotangents = self._cotangents(plan, surveyed, scales, log) if replay and surveyed is not None else None
-        # Asked before the first backward pass: until the last one the processes speak of gradients only.
-        idle = self.most(len(cuts)) - len(cuts)
+        idle = self._fewer(cuts)
         for number, index in enumerate(cuts):
             micro = view.select(index)
             with self._dropout(view.step, plan.stream, number):
@@ -213,17 +221,30 @@ class Engine:
                 log.values(plan, whole.detached())
             self.backward((total if loss is None else total + loss) * self.world)
         for _ in range(idle):
-            self._idle()
+            hidden = self._idle_pass(self.policy)
+            self._idle_targets(plan)
+            head = [t.sum() for t in self.models["policy"].head() if t is not None and t.requires_grad]
+            self.backward(0.0 * (hidden.sum() + sum(head)))
 
-    def _idle(self) -> None:
-        """A backward pass of zeros, so that every process takes part in as many as the busiest."""
+    def _fewer(self, cuts: list[Tensor]) -> int:
+        """How many passes fewer than the busiest process this one makes, where that matters."""
+        return self.most(len(cuts)) - len(cuts) if self.lockstep else 0
+
+    def _idle_pass(self, model: nn.Module) -> Tensor:
+        """A forward pass whose result is not used: this process's part in a pass of the others."""
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        head = [t.sum() for t in self.models["policy"].head() if t is not None]
-        self.backward(0.0 * (self.policy(one, one.bool()).sum() + sum(head)))
+        with self.autocast():
+            return model(one, one.bool())
+
+    def _idle_targets(self, plan: StreamPlan) -> None:
+        with torch.no_grad():
+            for name in _target_models(plan):
+                self._idle_pass(self.models[name])
 
     def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
         """All of the policy's numbers over the optimiser batch, without gradient."""
         total = torch.zeros(len(plan.wants), view.rows.row.shape[0], dtype=self.dtype, device=self.device)
+        idle = self._fewer(cuts)
         with torch.no_grad():
             for number, index in enumerate(cuts):
                 part = view.rows.select(index)
@@ -233,6 +254,9 @@ class Engine:
                 total[:, _events_of(view.rows, index)] = functionals(
                     model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
                 ).to(self.dtype)
+            for _ in range(idle):
+                self._idle_pass(self.policy)
+                self._idle_targets(plan)
         return view.with_values(self._named(plan, total))
 
     def _scales(
@@ -251,7 +275,7 @@ class Engine:
                 coefficient = view._signal(term.coefficient)
             if isinstance(term.coefficient, Signal):
                 step.metrics[f"coefficient/{self.names[number]}"] = float(coefficient)
-            scales[number] = coefficient / counts[number]
+            scales[number] = coefficient * self.raised.get(self.names[number], 1.0) / counts[number]
         return scales
 
     def _cotangents(self, plan: StreamPlan, surveyed: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
@@ -328,10 +352,9 @@ class Engine:
         policy = self._linear(self.models["policy"], hidden)
         leaves: dict[str, Linear] = {"policy": Linear(hidden.detach(), *_detached(policy), self.temperature)}
         with torch.no_grad():
-            for name in dict.fromkeys(h.name for t in plan.targets for h in t.handles):
-                if name not in leaves:
-                    model = self.models[name]
-                    leaves[name] = self._linear(model, self._event_hidden(model, rows))
+            for name in _target_models(plan):
+                model = self.models[name]
+                leaves[name] = self._linear(model, self._event_hidden(model, rows))
         return policy, [_target_rows(t, leaves) for t in plan.targets]
 
     def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
@@ -378,7 +401,7 @@ class Engine:
             value = sums.get(f"loss/{name}", 0.0) / count
             step.metrics[f"loss/{name}"] = value
             fixed = step.metrics.get(f"coefficient/{name}", term.coefficient)
-            loss += value * float(fixed)  # type: ignore[arg-type]
+            loss += value * float(fixed) * self.raised.get(name, 1.0)  # type: ignore[arg-type]
             events = sums.get(f"events/{name}", 0.0)
             if events:
                 mean = sums[f"divergence/{name}"] / events
@@ -430,6 +453,11 @@ def _detached(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
+def _target_models(plan: StreamPlan) -> list[str]:
+    """The models beside the policy whose rows the targets are made of."""
+    return [n for n in dict.fromkeys(h.name for t in plan.targets for h in t.handles) if n != "policy"]
+
+
 def _target_rows(target: Target, leaves: Mapping[str, Linear]) -> TargetRows:
     return TargetRows(tuple(leaves[h.name] for h in target.handles), target.combine)
 
@@ -439,7 +467,8 @@ def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _finite(value: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(value), value, torch.zeros_like(value))
+    """Infinite values as 0: they are exact, and counted. NaN is no value; it stays, for the guard to see."""
+    return torch.where(value.isinf(), torch.zeros_like(value), value)
 
 
 def _names(terms: tuple[Term, ...]) -> dict[int, str]:
@@ -470,7 +499,7 @@ class _Log:
     def add(self, term: Term, value: Tensor, contribution: Tensor) -> None:
         name = self.names[id(term)]
         self.put(f"loss/{name}", contribution.sum())
-        self.put(f"support_violations/{name}", (~torch.isfinite(value)).sum())
+        self.put(f"support_violations/{name}", value.isinf().sum())
 
     def values(self, plan: StreamPlan, view: View) -> None:
         """Measures of whole micro-batches."""
