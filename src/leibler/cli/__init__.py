@@ -6,6 +6,7 @@ mistyped option answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -34,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="leibler")
     except LeiblerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        # Processes started together meet most mistakes together; where they have not met, one of each machine says it.
+        elsewhere = os.environ.get("LOCAL_RANK", "0") != "0" if error.elsewhere is None else error.elsewhere
+        if not elsewhere:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from leibler import recipes
 from leibler.cli import overrides
+from leibler.cli.expressions import NONSENSE, fault
 from leibler.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ def recipe_from(slug: str, changes: Mapping[str, str]) -> Recipe:
             keywords[name] = overrides.convert(text, known[name], key)
         else:
             places[name] = text
-    recipe = recipes.get(slug, **keywords)
+    try:
+        recipe = recipes.get(slug, **keywords)
+    except NONSENSE as error:
+        given = ", ".join(f"{PREFIX}{name}={changes[PREFIX + name][:60]}" for name in keywords)
+        raise RecipeError(f"{slug} cannot be built with {given or 'its defaults'}: {fault(error)}.") from None
     for name in places:
         if "." not in name and name not in overrides.children(recipe):
             raise overrides.unknown(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from leibler.cli.expressions import ExpressionError, evaluate
+from leibler.cli.expressions import LARGEST, NONSENSE, ExpressionError, evaluate, fault
 from leibler.errors import RecipeError
 
 UNKNOWN = object()
@@ -63,7 +63,7 @@ def unknown(key: str, known: Iterable[str], prefix: str = "", listed: Iterable[s
     hint = f" (did you mean {' or '.join(prefix + n for n in near)}?)" if near else ""
     listing = ", ".join(known if listed is None else listed) or "none"
     where = f"under {prefix[:-1]}" if prefix else "keys"
-    return RecipeError(f"{prefix}{key} is not a known key{hint}; known {where}: {listing}.")
+    return RecipeError(f"{prefix}{_short(key)} is not a known key{hint}; known {where}: {listing}.")
 
 
 def hints(of: Any) -> dict[str, Any]:
@@ -140,9 +140,13 @@ def convert(text: str, annotation: Any = UNKNOWN, key: str = "value") -> Any:
     try:
         return _convert(text.strip(), annotation)
     except ExpressionError as error:
-        raise RecipeError(f"{key}={text}: {error}.") from None
-    except ValueError:
-        raise RecipeError(f"{key}={text}: expected {describe(annotation)}.") from None
+        raise RecipeError(f"{key}={_short(text)}: {error}.") from None
+    except (ValueError, TypeError, OverflowError):
+        raise RecipeError(f"{key}={_short(text)}: expected {describe(annotation)}.") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _convert(text: str, annotation: Any) -> Any:
@@ -212,12 +216,15 @@ def _boolean(text: str) -> bool:
 
 def _whole(text: str) -> int:
     try:
-        return int(text)
+        whole = int(text)
     except ValueError:
         number = float(text)  # 1e4 is a whole number to everybody but int()
         if not number.is_integer():
             raise
-        return int(number)
+        whole = int(number)
+    if abs(whole) > LARGEST:
+        raise ValueError(text)
+    return whole
 
 
 _RANK = {type(None): 0, bool: 1, int: 2, float: 3, Path: 8, str: 9}
@@ -268,20 +275,20 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 
 def _yaml(text: str) -> Any:
-    import yaml
+    from leibler.train.run_file import read_yaml
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(text) from None
+    return read_yaml(text)
 
 
 def _torch(text: str, annotation: Any) -> Any:
     import torch
 
-    value = getattr(torch, text.removeprefix("torch."), None)
     if annotation is torch.device:
-        return torch.device(text)
+        try:
+            return torch.device(text)
+        except RuntimeError:
+            raise ValueError(text) from None
+    value = getattr(torch, text.removeprefix("torch."), None)
     if not isinstance(value, annotation):
         raise ValueError(text)
     return value
@@ -416,7 +423,10 @@ def _replace(value: Any, tree: _Tree, key: str, annotation: Any) -> Any:
         return {k: new.get(str(k), v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return type(value)(new.get(str(i), v) for i, v in enumerate(value))
-    return _with_fields(value, new)
+    try:
+        return _with_fields(value, new)
+    except NONSENSE as error:  # a part that was given what it did not look for
+        raise RecipeError(f"{', '.join(prefix + name for name in new)} cannot be set so: {fault(error)}.") from None
 
 
 def _longest(name: str, tree: _Tree) -> str:

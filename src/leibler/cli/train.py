@@ -223,12 +223,17 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
         request = request.changed(changes)
     else:
         request = Request(recipe).changed(overrides.split(arguments))
+    from leibler.train.processes import is_main, leave
+
     try:
         run = request.run(resume=resume is not None)
     except KeyboardInterrupt:
-        typer.echo(_saved(Path(request.out or ".")), err=True)
+        if is_main():
+            typer.echo(_saved(Path(request.out or ".")), err=True)
         raise typer.Exit(INTERRUPTED) from None
-    typer.echo(_summary(run))
+    if is_main():
+        typer.echo(_summary(run))
+    leave()
 
 
 def _trusted(changes: Mapping[str, str], others: bool = False) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import filecmp
 import json
+import stat
 import sys
 import warnings
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from leibler.data.checkers import matches_answer
 from leibler.data.records import Dataset, Record, SetAside
-from leibler.data.rows import BadRow, parse_line, to_record
+from leibler.data.rows import LONG, MAX_LINE, BadRow, parse_line, to_record
 from leibler.data.spec import is_made, make
 from leibler.data.tasks import tasks
 from leibler.errors import DataError
@@ -24,8 +25,6 @@ RAW_LIMIT = 2000
 """Characters of a bad row that are kept; its file and line say where the rest is."""
 KEPT_ROWS = 100
 """Bad rows kept in memory for a message; all of them go to the file."""
-MAX_LINE = 8 * 2**20
-"""Bytes in a line. A longer one is no training example, and a file without line ends must not fill the memory."""
 
 _LINES = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
@@ -145,11 +144,18 @@ def _collect(name: str, found: Iterable[_Found], wanted: _Wanted, set_aside: Pat
     return data
 
 
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a.resolve() == b.resolve()
+    except (OSError, ValueError, RuntimeError):  # what is no path is no file either
+        return False
+
+
 class _Aside:
     """The file of rows set aside: begun with the first of them, put in place at the end, never over another file."""
 
     def __init__(self, path: Path | None, data: str) -> None:
-        if path is not None and path.resolve() == Path(data).resolve():
+        if path is not None and _same(path, Path(data)):
             raise DataError(f"{path} is the data itself; give another file for the rows set aside.")
         self.wanted = path
         self.path: Path | None = None
@@ -204,7 +210,7 @@ def _rows(spec: Any, name: str) -> Iterator[_Found]:
         _check_file(path, name)
         return _parquet(path, name) if path.suffix.lower() in _PARQUET else _json_lines(path, name)
     if _is_datasets(spec):
-        return ((line, row, None) for line, row in enumerate(spec, 1))
+        return _table(spec, name)
     if isinstance(spec, (list, tuple, Dataset)):
         return ((line, row, None) for line, row in enumerate(spec, 1))
     raise DataError(
@@ -226,14 +232,20 @@ def _is_datasets(spec: Any) -> bool:
 
 
 def _check_file(path: Path, name: str) -> None:
-    if path.is_dir():
-        raise DataError(f"{name} is a folder; give a .jsonl or .parquet file in it.")
-    if not path.exists():
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         raise DataError(
             f"there is no data file {name}{_near(path)}; give a .jsonl or .parquet file, task:NAME or corpus:stdlib."
-        )
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {name[:200]} ({error.strerror}); check the path.") from error
+    if stat.S_ISDIR(kind):
+        raise DataError(f"{name} is a folder; give a .jsonl or .parquet file in it.")
     if path.suffix.lower() not in _LINES + _PARQUET:
         raise DataError(f"{name} is neither .jsonl nor .parquet; convert it to one of them.")
+    if not stat.S_ISREG(kind):  # a pipe would be waited for, a device never ends
+        raise DataError(f"{name} is no ordinary file; write the rows into one.")
 
 
 def _near(path: Path) -> str:
@@ -241,7 +253,7 @@ def _near(path: Path) -> str:
         return f" (did you mean 'task:{path.name}'?)"
     try:
         siblings = [entry.name for entry in path.parent.iterdir() if entry.suffix in _LINES + _PARQUET]
-    except OSError:
+    except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
@@ -265,7 +277,7 @@ def _json_lines(path: Path, name: str) -> Iterator[_Found]:
                     while not raw.endswith(b"\n") and (more := file.readline(2**16)):
                         size += len(more)
                         raw = raw[:RAW_LIMIT] + more[-1:]
-                    bad = BadRow(f"longer than {MAX_LINE // 2**20} MB; cut it into examples", f"{size} bytes")
+                    bad = BadRow(LONG, f"{size} bytes")
                     yield line, bad, raw
                 elif raw.strip():  # an empty line holds no row
                     yield line, None, raw
@@ -294,14 +306,31 @@ def _parquet(path: Path, name: str) -> Iterator[_Found]:
     line = 0
     try:
         with pq.ParquetFile(path) as file:
+            columns = Counter(file.schema_arrow.names)
+            twice = next((column for column, count in columns.items() if count > 1), None)
+            if twice is not None:
+                raise DataError(f"{name} has two columns {twice[:80]!r}; keep one.")
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     line += 1
                     yield line, row, None
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    # A broken file can make its reader raise nearly anything: an overflowing date, a list of the wrong length.
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         where = f" after row {line}" if line else ""
         raise DataError(
             f"cannot read {name} as Parquet{where} ({_first_line(error)}); write the file again."
+        ) from error
+
+
+def _table(spec: Iterable[Any], name: str) -> Iterator[_Found]:
+    line = 0
+    try:
+        for row in spec:
+            line += 1
+            yield line, row, None
+    except READERS as error:
+        raise DataError(
+            f"cannot read {name} after row {line} ({_first_line(error)}); mend or leave out that row."
         ) from error
 
 
@@ -314,10 +343,15 @@ def _raw_text(row: Any, raw: bytes | None) -> str:
         return raw[: 4 * RAW_LIMIT].decode("utf-8", "backslashreplace").rstrip("\r\n")[:RAW_LIMIT]
     if isinstance(row, Record):
         row = {name: value for name, value in asdict(row).items() if value not in (None, "", {})}
+    text = ""
     try:
-        return json.dumps(row, default=str)[:RAW_LIMIT]
+        for part in json.JSONEncoder(default=str).iterencode(row):  # piece by piece: the row may be endless
+            text += part[:RAW_LIMIT]
+            if len(text) >= RAW_LIMIT:
+                break
     except (ValueError, RecursionError, TypeError):
         return f"{type(row).__name__} that cannot be written as JSON"
+    return text[:RAW_LIMIT]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,15 @@ from leibler.data.records import FIELDS, TEXT_FIELDS, Record
 
 MAX_DEPTH = 64
 """Deeper nesting in an extra column is refused: writing it back would end in a RecursionError."""
+MAX_LINE = 8 * 2**20
+"""Bytes in a line, characters in a text. A longer one is no training example, and must not fill the memory."""
+MAX_VALUES = 2**23
+"""Values in a row: what a line can hold. A structure of Python that holds itself many times over has more."""
+MAX_DIGITS = 4000
+"""Of a whole number; Python writes no longer ones."""
+
+
+LONG = f"longer than {MAX_LINE // 2**20} MB; cut it into examples"
 
 
 class BadRow(ValueError):
@@ -66,8 +76,8 @@ def to_record(row: Any, needs: Sequence[str], source: str) -> Record:
         raise BadRow('not a JSON object; write an object such as {"prompt": ...}', f"it is {_kind(row)}")
     odd = [key for key in row if not isinstance(key, str)]
     if odd:
-        raise BadRow("a column name is not text", repr(odd[0]))
-    _check_value(row, "", 0)
+        raise BadRow("a column name is not text", f"it is {_kind(odd[0])}")
+    _Check(row)
     if "prompt" not in row and ("messages" in row or "conversations" in row):
         raise BadRow(_CHAT, "the row has 'messages' and no 'prompt'")
     texts = {name: _text(row, name, needs) for name in TEXT_FIELDS}
@@ -104,6 +114,8 @@ def _text(row: Mapping[str, Any], name: str, needs: Sequence[str]) -> str | None
         raise BadRow(_CHAT, f"'{name}' is a list of messages")
     if not isinstance(value, str):
         raise BadRow(f"'{name}' is not text", f"it is {_kind(value)}")
+    if len(value) > MAX_LINE:
+        raise BadRow(LONG, f"{len(value)} characters in '{name}'")
     # A prompt may consist of blanks (an indentation to continue from); a response of blanks says nothing.
     if name != "prompt" and not value.strip():
         raise BadRow(f"'{name}' is empty")
@@ -125,32 +137,45 @@ def _scalar(row: Mapping[str, Any], name: str, needs: Sequence[str]) -> str | No
     return text
 
 
-def _check_value(value: Any, path: str, depth: int) -> None:
+class _Check:
     """Refuses what could not be written back or tokenized: NaN, half characters, bottomless nesting."""
-    if depth > MAX_DEPTH:
-        raise BadRow(f"nested deeper than {MAX_DEPTH} levels", f"in {path!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadRow("NaN or infinity, which are not JSON; write null", f"in {path!r}")
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow("half of a surrogate pair, which is not text", f"in {path!r} at {error.start + 1}") from error
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_value(key, path or str(key), depth + 1)
-            _check_value(item, path or str(key), depth + 1)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_value(item, path, depth + 1)
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.left = MAX_VALUES
+        self.value(row, "", 0)
+
+    def value(self, value: Any, path: str, depth: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise BadRow(f"more than {MAX_VALUES // 2**20} million values in one row")
+        if depth > MAX_DEPTH:
+            raise BadRow(f"nested deeper than {MAX_DEPTH} levels", f"in {path[:80]!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRow("NaN or infinity, which are not JSON; write null", f"in {path[:80]!r}")
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                where = f"in {path[:80]!r} at {error.start + 1}"
+                raise BadRow("half of a surrogate pair, which is not text", where) from error
+        elif isinstance(value, int) and value.bit_length() > 3.3 * MAX_DIGITS:
+            raise BadRow(f"a number of more than {MAX_DIGITS} digits; write it as text", f"in {path[:80]!r}")
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise BadRow("a column name is not text", f"{_kind(key)} in {path[:80]!r}")
+                self.value(key, path or key, depth + 1)
+                self.value(item, path or key, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self.value(item, path, depth + 1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRow("a key is given twice; keep one", repr(twice)[:80])
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadRow("a key is given twice; keep one", repr(twice[:80]))
     return result
 
 

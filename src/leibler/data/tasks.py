@@ -25,6 +25,8 @@ from leibler.errors import DataError
 Part = Literal["all", "train", "heldout"]
 PARTS: tuple[Part, ...] = ("all", "train", "heldout")
 HELDOUT_ONE_IN = 5
+MOST = 10_000_000
+"""Records of one data set, which are all made before the first step: some gigabytes."""
 _ATTEMPTS = 200
 """Draws for one record before the task counts as exhausted."""
 
@@ -100,6 +102,8 @@ class Task(ABC):
         """
         if n < 1:
             raise DataError(f"task:{self.name} was asked for n={n} records; ask for at least 1.")
+        if n > MOST:
+            raise DataError(f"task:{self.name} was asked for n={n} records; ask for at most {MOST:,}.")
         if part not in PARTS:
             raise DataError(f"task:{self.name} has no part {part!r}; choose one of {', '.join(PARTS)}.")
         records: list[Record] = []
