@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from leibler.divergence import SampledLogProb
-from leibler.fused import Linear, TargetRows, Want, functionals, one_pass
+from leibler.fused import Linear, Merged, TargetRows, Want, functionals, one_pass
+from leibler.fused.coarse import OtherVocabulary
 from leibler.objective.needs import LogProb, Need, Output, TokenEntropy
 from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Shaper, Signal, rollout_parts
-from leibler.objective.targets import Behaviour, Old, Policy, Target
+from leibler.objective.targets import Behaviour, Old, Policy
 from leibler.objective.terms import Term
 from leibler.policy import CausalLM
 from leibler.policy.randomness import derived_seed
+from leibler.policy.vocabulary import Reading, TextAlignment
+from leibler.train.aligned import event_states, target_rows
 from leibler.train.plan import StreamPlan, make_plan
 from leibler.train.recipe import Recipe
 
@@ -52,6 +55,7 @@ class Engine:
         backward: the accelerator's.
         autocast: the context that forward passes run in.
         reduce, most, world: the sum of a tensor and the largest of a number over all processes, and how many they are.
+        alignments: of the models whose tokenizer is not the policy's, by name.
         average: makes the gradients of parameters their mean over all processes, once an optimiser step.
         lockstep: True where every pass through a model is one of all processes (its weights are sharded), so that all
             must make equally many.
@@ -74,6 +78,7 @@ class Engine:
         average: Callable[[Iterable[nn.Parameter]], None] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         world: int = 1,
+        alignments: Mapping[str, TextAlignment] | None = None,
         lockstep: bool = False,
     ) -> None:
         self.recipe = recipe
@@ -87,6 +92,7 @@ class Engine:
         self.backward = backward or (lambda loss: loss.backward())
         self.reduce = reduce or (lambda x: x)
         self.autocast = autocast
+        self.alignments = alignments or {}
         self.most = most or (lambda n: n)
         self.average = average or (lambda parameters: None)
         self.world = world
@@ -204,6 +210,7 @@ class Engine:
                 hidden = self._event_hidden(self.policy, micro.rows)
             loss = self._side_loss(plan, micro, hidden, scales, log)
             model, targets = self._operands(plan, micro.rows, hidden)
+            log.aligned(plan, targets)
             wants = self._wants(plan)
             options = {"token": micro.rows.label, "vocab": self.models["policy"].vocab_size}
             if cotangents is not None:
@@ -339,23 +346,35 @@ class Engine:
 
     def _event_hidden(self, model: nn.Module, rows: Rows) -> Tensor:
         """``[events, hidden]``: the hidden state that predicts each event, of any model in the same arithmetic."""
+        return self._states(model, rows.tokens, rows.attention)[:, :-1][rows.mask]
+
+    def _states(self, model: nn.Module, tokens: Tensor, attention: Tensor) -> Tensor:
+        """``[batch length hidden]``, in the dtype of the model's head."""
         with self.autocast():
-            hidden = model(rows.tokens, rows.attention)
+            hidden = model(tokens, attention)
         unwrapped = model if isinstance(model, CausalLM) else self.models["policy"]
-        return hidden[:, :-1][rows.mask].to(unwrapped.head()[0].dtype)
+        return hidden.to(unwrapped.head()[0].dtype)
 
     def _linear(self, model: CausalLM, hidden: Tensor) -> Linear:
         weight, bias = model.head()
         return Linear(hidden, weight, bias, self.temperature)
 
-    def _operands(self, plan: StreamPlan, rows: Rows, hidden: Tensor) -> tuple[Linear, list[TargetRows]]:
+    def _operands(
+        self, plan: StreamPlan, rows: Rows, hidden: Tensor
+    ) -> tuple[Linear, list[TargetRows | OtherVocabulary]]:
         policy = self._linear(self.models["policy"], hidden)
         leaves: dict[str, Linear] = {"policy": Linear(hidden.detach(), *_detached(policy), self.temperature)}
+        readings: dict[str, Reading] = {}
         with torch.no_grad():
             for name in _target_models(plan):
                 model = self.models[name]
-                leaves[name] = self._linear(model, self._event_hidden(model, rows))
-        return policy, [_target_rows(t, leaves) for t in plan.targets]
+                if name in self.alignments:
+                    reading = self.alignments[name].read(rows.tokens, rows.attention, rows.mask)
+                    states = self._states(model, reading.tokens, reading.attention)
+                    leaves[name], readings[name] = self._linear(model, event_states(states, reading)), reading
+                else:
+                    leaves[name] = self._linear(model, self._event_hidden(model, rows))
+        return policy, [target_rows(t, leaves, self.alignments, readings) for t in plan.targets]
 
     def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
         """Row indices of micro-batches: rows of like length together, groups kept whole where asked."""
@@ -391,6 +410,7 @@ class Engine:
         # The same keys on every process, also on one that had no row.
         kinds = ("loss", "support_violations", "divergence", "events", "sequences")
         keys = ["entropy", "events", *(f"{kind}/{name}" for name in self.names.values() for kind in kinds)]
+        keys += [f"aligned/{name}{of}" for name in self.alignments for of in ("", "/of")]
         local = torch.tensor([totals.get(k, 0.0) for k in keys], dtype=torch.float64, device=self.device)
         packed = self.reduce(local).tolist()
         sums = dict(zip(keys, packed, strict=True))
@@ -418,6 +438,9 @@ class Engine:
         step.metrics["loss"] = loss
         if sums.get("events", 0):
             step.metrics["entropy"] = sums["entropy"] / sums["events"]
+        for name in self.alignments:
+            if sums.get(f"aligned/{name}/of", 0):
+                step.metrics[f"aligned/{name}"] = sums[f"aligned/{name}"] / sums[f"aligned/{name}/of"]
         step.metrics["tokens"] = sums.get("events", 0.0)
         step.metrics["rows"] = rows
 
@@ -456,10 +479,6 @@ def _detached(linear: Linear) -> tuple[Tensor, Tensor | None]:
 def _target_models(plan: StreamPlan) -> list[str]:
     """The models beside the policy whose rows the targets are made of."""
     return [n for n in dict.fromkeys(h.name for t in plan.targets for h in t.handles) if n != "policy"]
-
-
-def _target_rows(target: Target, leaves: Mapping[str, Linear]) -> TargetRows:
-    return TargetRows(tuple(leaves[h.name] for h in target.handles), target.combine)
 
 
 def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -512,6 +531,16 @@ class _Log:
                 self.put(f"{key}/{name}", _finite(value).sum())
                 self.put(f"events/{name}", torch.tensor(float(value.shape[0])))
                 self.put(f"sequences/{name}", torch.tensor(float(len(view.rows))))
+
+    def aligned(self, plan: StreamPlan, targets: list[TargetRows | OtherVocabulary]) -> None:
+        """How many positions a model of another tokenizer shares with the policy, and of how many."""
+        shared = {
+            t.handles[0].name: m.present for t, m in zip(plan.targets, targets, strict=True) if isinstance(m, Merged)
+        }
+        for name, present in shared.items():
+            if present is not None:
+                self.put(f"aligned/{name}", present.sum())
+                self.put(f"aligned/{name}/of", torch.tensor(float(len(present))))
 
     def totals(self) -> Totals:
         return {k: float(v) for k, v in self.sums.items()}

@@ -112,12 +112,12 @@ def _interpolate(model: nn.Module, policy: nn.Module, rate: float) -> None:
 
 
 def resolve(
-    rules: Mapping[str, ModelRule], policy: CausalLM, given: Mapping[str, CausalLM]
+    rules: Mapping[str, ModelRule], policy: CausalLM, given: Mapping[str, CausalLM], align: str = "tokens"
 ) -> tuple[dict[str, CausalLM], dict[str, nn.Module]]:
     """The language models and the trained side modules of a recipe, by name.
 
     Equal frozen sources share one set of weights. Raises `ModelError` for a model that the recipe needs and the run
-    was not given.
+    was not given, and for one of another tokenizer unless ``align`` is ``"text"`` and it never changes.
     """
     from leibler.policy import ValueHead as ValueModule
     from leibler.policy import same_tokenizer
@@ -140,6 +140,8 @@ def resolve(
             # The student itself may stand for another model too: then its weights of now are meant.
             itself = source == "initial" or given[source] is policy
             frozen[source] = policy.copy() if itself else given[source].eval().requires_grad_(False)
-            same_tokenizer(policy, frozen[source])
+        if rule.moves or align == "tokens":
+            names = ("student", "teacher" if name == "teacher" else f"model {name}")
+            same_tokenizer(policy, frozen[source], names, None if rule.moves else "align=text")
         models[name] = frozen[source].copy() if rule.moves else frozen[source]
     return models, modules

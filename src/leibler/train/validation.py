@@ -6,24 +6,36 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from leibler.divergence import Entropy, ForwardKL, ReverseKL, SampledLogProb
 from leibler.fused import Linear, TargetRows, Want, functionals
+from leibler.train.aligned import event_states
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
+    from leibler.fused.coarse import OtherVocabulary
     from leibler.policy import CausalLM
+    from leibler.policy.vocabulary import TextAlignment
 
 
 @torch.no_grad()
 def validate(
-    models: Mapping[str, CausalLM], data: Dataset, *, temperature: float, max_new_tokens: int, limit: int = 128
+    models: Mapping[str, CausalLM],
+    data: Dataset,
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    limit: int = 128,
+    alignments: Mapping[str, TextAlignment] | None = None,
 ) -> dict[str, float]:
     """Mean ``nll`` and ``entropy`` on completions, both KLs to the teacher if there is one, greedy ``accuracy``.
 
     Args:
         models: ``policy`` and, if the run has one, ``teacher``.
         data: held-out records; the first ``limit`` are used.
+        alignments: of the models of another tokenizer; the KLs to such a teacher are those of the laws of common cells,
+            a mean over the positions that both share, and ``aligned(teacher)`` is their share.
     """
     from leibler.policy import right_pad, sample
 
@@ -39,25 +51,25 @@ def validate(
             if (text := r.completion if r.completion is not None else r.chosen) is not None
         ]
         sums: dict[str, float] = {}
-        events = 0
+        events = shared = 0
         for start in range(0, len(pairs), 32):
-            tokens, attention, mask = (x.to(policy.device) for x in right_pad(pairs[start : start + 32]))
+            rows = tokens, attention, mask = [x.to(policy.device) for x in right_pad(pairs[start : start + 32])]
             wants = [Want(SampledLogProb()), Want(Entropy())]
-            heads = []
-            for name in ("policy", "teacher"):
-                if name in models:
-                    model = models[name]
-                    heads.append(Linear(model(tokens, attention)[:, :-1][mask], *model.head(), temperature))
-            names = ["nll", "entropy"]
-            if len(heads) > 1:
+            head = Linear(policy(tokens, attention)[:, :-1][mask], *policy.head(), temperature)
+            names, targets, here = ["nll", "entropy"], [], int(mask.sum())
+            if "teacher" in models:
                 wants += [Want(ForwardKL(), 0), Want(ReverseKL(), 0)]
                 names += ["ForwardKL(teacher)", "ReverseKL(teacher)"]
-            targets = [TargetRows((h,)) for h in heads[1:]]
-            values = functionals(heads[0], wants, targets, token=tokens[:, 1:][mask], vocab=policy.vocab_size)
+                target, here = _target(models["teacher"], (alignments or {}).get("teacher"), rows, temperature)
+                targets = [target]
+            values = functionals(head, wants, targets, token=tokens[:, 1:][mask], vocab=policy.vocab_size)
             for name, value in zip(names, values, strict=True):
                 sums[name] = sums.get(name, 0.0) + float(value.double().sum()) * (-1 if name == "nll" else 1)
             events += int(mask.sum())
-        out.update({name: total / events for name, total in sums.items()})
+            shared += here
+        out.update({name: total / max(shared if "teacher" in name else events, 1) for name, total in sums.items()})
+        if alignments and "teacher" in alignments:
+            out["aligned(teacher)"] = shared / events
         if data.check is not None:
             prompts = [policy.encode_prompt(r.prompt) for r in records]
             zeros = torch.zeros(len(prompts), max_new_tokens, dtype=torch.float64)
@@ -66,3 +78,17 @@ def validate(
     finally:
         policy.train(mode)
     return out
+
+
+def _target(
+    teacher: CausalLM, alignment: TextAlignment | None, rows: list[Tensor], temperature: float
+) -> tuple[TargetRows | OtherVocabulary, int]:
+    """The teacher's rows at the events of a batch, and at how many events it says something."""
+    tokens, attention, mask = rows
+    if alignment is None:
+        leaf = Linear(teacher(tokens, attention)[:, :-1][mask], *teacher.head(), temperature)
+        return TargetRows((leaf,)), int(mask.sum())
+    reading = alignment.read(tokens, attention, mask)
+    hidden = event_states(teacher(reading.tokens, reading.attention), reading)
+    law = TargetRows((Linear(hidden, *teacher.head(), temperature),))
+    return alignment.merged(law, reading), int(reading.present.sum())
