@@ -324,6 +324,7 @@ def test_a_frozen_reference_stays(tmp_path):
     assert drift[-1] > 10 * max(drift[1], 1e-9) > 0
     assert {p.name for p in (tmp_path / "run" / "checkpoints" / "step-00000008").iterdir()} == {
         "manifest.json", "optimizer.safetensors", "policy.safetensors", "state.json",
+        "state.safetensors",
     }  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,11 +46,90 @@ def test_score_by_a_function_and_by_the_data():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([1.0], "returned 1 numbers for 2 responses"), ([1.0, float("nan")], "the reward of '1' is nan; return a finite")],
+    [
+        ([1.0], "the reward of '0' is missing: the reward returned 2 numbers"),
+        ([1.0, float("nan")], "the reward of '1' is nan; return a finite number for every response"),
+        ([1.0, float("-inf")], "the reward of '1' is -inf; return a finite"),
+        ([1.0, None], "the reward of '1' is None; return a finite"),
+        (["1.0", 1.0], "the reward of '0' is '1.0'; return a finite"),
+        (None, "the reward of '0' is missing: TypeError: 'NoneType' object is not iterable"),
+    ],
 )
 def test_a_reward_that_is_none(values, message):
-    with pytest.raises(DataError, match=message):
-        Score(lambda records, texts: values)(rows([0, 1]), NOTHING)
+    """Where nobody takes what is set aside."""
+    given = values if values != [1.0] else [1.0, 1.0, 1.0]
+
+    def reward(records: Any, texts: Any) -> Any:
+        return given if len(texts) == 2 or values is None else given[:2]
+
+    with pytest.raises(DataError, match=re.escape(message)):
+        Score(reward)(rows([0, 1]), NOTHING)
+
+
+class Hearing:
+    """The part of a context that hears of failures."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str, str]] = []
+
+    def failed(self, record: Record, text: str, reason: str) -> None:
+        self.heard.append((record.prompt, text, reason))
+
+
+def scored(reward: Any, made: Rows) -> tuple[list[str], list[float], list[tuple[str, str, str]]]:
+    context: Any = Hearing()
+    left = Score(reward)(made, context)
+    return list(left.texts), left.columns["reward"].tolist(), context.heard
+
+
+def test_a_response_without_a_reward_is_set_aside_and_the_others_keep_theirs():
+    def reward(records: Any, texts: Any) -> list[float]:
+        return [1 / int(t) for t in texts]
+
+    texts, values, heard = scored(reward, rows([0, 0, 0, 1, 1], ["1", "0", "2", "4", "5"]))
+    assert (texts, values) == (["1", "2", "4", "5"], pytest.approx([1, 0.5, 0.25, 0.2]))
+    assert heard == [("p0", "0", f"is missing: ZeroDivisionError: division by zero (test_stages.py:{line(reward)})")]
+
+
+def line(function: Any) -> int:
+    return function.__code__.co_firstlineno + 1
+
+
+def test_numbers_of_any_make_are_numbers():
+    for values in (torch.tensor([1.0, 2.0]), np.array([1, 2]), [np.float32(1), torch.tensor(2.0)], [True, 2]):
+        assert scored(lambda records, texts, values=values: values, rows([0, 0]))[1:] == ([1.0, 2.0], [])
+
+
+def test_a_nan_costs_no_second_call():
+    calls = []
+
+    def reward(records: Any, texts: Any) -> list[float]:
+        calls.append(len(texts))
+        return [float("nan") if t == "1" else 1.0 for t in texts]
+
+    assert scored(reward, rows([0, 0, 0]))[0] == ["0", "2"]
+    assert calls == [3]
+
+
+def test_what_cannot_be_compared_any_more_goes_too():
+    """A lone row of a group would be its own baseline; half a pair is no comparison."""
+
+    def reward(records: Any, texts: Any) -> list[Any]:
+        return [None if t == "x" else 1.0 for t in texts]
+
+    assert scored(reward, rows([0, 0, 1, 1, 2], ["x", "a", "b", "c", "d"]))[0] == ["b", "c", "d"]
+    pairs = replace(rows([0, 0, 1, 1], ["x", "a", "b", "c"]), role=torch.tensor([CHOSEN, REJECTED] * 2))
+    assert scored(reward, pairs)[0] == ["b", "c"]
+    four = replace(rows([0, 0, 0, 0], ["x", "a", "b", "c"]), role=torch.tensor([CHOSEN, REJECTED] * 2))
+    assert scored(reward, four)[0] == []
+
+
+def test_a_mistake_of_the_user_is_no_failed_reward():
+    def reward(records: Any, texts: Any) -> list[float]:
+        raise DataError("give answers.")
+
+    with pytest.raises(DataError, match="give answers"):
+        scored(reward, rows([0, 0]))
 
 
 def test_data_that_cannot_be_checked():

@@ -1,14 +1,15 @@
-"""The files that a run writes line by line: metrics, timings, samples, validations."""
+"""The files that a run writes line by line: metrics, timings, samples, validations, and what its guards report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leibler.train import durable
 from leibler.train.log import Lines
 
 if TYPE_CHECKING:
@@ -32,9 +33,13 @@ class Journal:
     def __init__(self, out: Path, options: Options, reduce: Callable[[Tensor], Tensor], main: bool) -> None:
         self.options, self.reduce, self.main = options, reduce, main
         names = ("metrics", "timings", "samples", "validation")
-        self.metrics, self.timings, self.samples, self.validations = self.files = tuple(
-            Lines(out / f"{name}.jsonl") for name in names
-        )
+        self.metrics, self.timings, self.samples, self.validations = (Lines(out / f"{name}.jsonl") for name in names)
+        for file in (self.metrics, self.timings, self.samples, self.validations):
+            file.open()
+        self.warnings, self.aside = Lines(out / "warnings.jsonl"), Lines(out / "set_aside" / "responses.jsonl")
+        self.files = (self.metrics, self.timings, self.samples, self.validations, self.warnings, self.aside)
+        # A file whose name is not on the disk is lost with all its flushed lines.
+        durable.flush(out)
 
     def step(
         self, step: int, measured: Mapping[str, float], batch: Mapping[str, View], seconds: float
@@ -68,6 +73,16 @@ class Journal:
         if self.main:
             self.validations.write(step=step, **metrics)
 
+    def warning(self, **what: Any) -> None:
+        """What a guard saw."""
+        if self.main:
+            self.warnings.write(**what)
+
+    def set_aside(self, **what: Any) -> None:
+        """A response that is not learnt from."""
+        if self.main:
+            self.aside.write(**what)
+
     def _mean(self, x: Tensor) -> float:
         pair = torch.stack([x.double().sum(), torch.tensor(float(x.numel()), dtype=torch.float64, device=x.device)])
         total, count = self.reduce(pair).tolist()
@@ -77,11 +92,16 @@ class Journal:
         """Flush to disk; each file's length in bytes."""
         return {file.path.name: file.sync() for file in self.files}
 
-    def cut(self, lengths: Mapping[str, int]) -> None:
-        """Drop the lines of steps that are done again; a file without a recorded length is emptied."""
-        if self.main:
-            for file in self.files:
-                file.cut(lengths.get(file.path.name, 0))
+    def cut(self, lengths: Mapping[str, int], *, warnings: bool = True) -> list[str]:
+        """Drop the lines of steps that are done again, and those of warnings too unless told otherwise.
+
+        A file without a recorded length is emptied. Returns a sentence about each file that is too short.
+        """
+        if not self.main:
+            return []
+        cut = [f for f in self.files if warnings or f is not self.warnings]
+        short = [f.path for f in cut if not f.cut(lengths.get(f.path.name, 0))]
+        return [f"{path} lacks lines that were written before the checkpoint" for path in short]
 
     def close(self) -> None:
         for file in self.files:

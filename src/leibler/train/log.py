@@ -13,30 +13,46 @@ from typing import Any, TextIO
 
 
 class Lines:
-    """A JSON-lines file that is flushed to disk at checkpoints and cut back to an earlier length on resume."""
+    """A JSON-lines file that is flushed to disk at checkpoints and cut back to an earlier length on resume.
+
+    It is made at the first line, or by `open`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: TextIO = path.open("a", encoding="utf-8")
+        self.file: TextIO | None = None
+
+    def open(self) -> TextIO:
+        if self.file is None:
+            self.path.parent.mkdir(exist_ok=True)
+            self.file = self.path.open("a", encoding="utf-8")
+        return self.file
 
     def write(self, **values: Any) -> None:
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        file = self.open()
+        file.write(json.dumps(clean) + "\n")
+        file.flush()
 
     def sync(self) -> int:
         """Flush to disk; the length so far in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.path.stat().st_size
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+        return self._length()
 
-    def cut(self, length: int) -> None:
-        """Drop what was written after ``length`` bytes: those steps will be done again."""
-        self.file.flush()
-        os.truncate(self.path, length)
+    def cut(self, length: int) -> bool:
+        """Drop what was written after ``length`` bytes: those steps will be done again. False if there is less."""
+        there = self._length()
+        if there > length:
+            os.truncate(self.path, length)
+        return there >= length
+
+    def _length(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 def last_line(path: Path) -> dict[str, Any]:

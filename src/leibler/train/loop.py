@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import Signal, StepEnd, Validation
-from leibler.train import checkpoint, setup
+from leibler.train import checkpoint, durable, environment, run_file, setup, sharding
+from leibler.train.aligned import alignments
 from leibler.train.engine import Engine, Step
+from leibler.train.guarding import Guarding
+from leibler.train.guards import Guards
 from leibler.train.interrupt import interruptible
 from leibler.train.journal import Journal, speed
 from leibler.train.log import Progress
+from leibler.train.minibatches import Minibatches
 from leibler.train.models import Trained, resolve
 from leibler.train.options import Options
+from leibler.train.processes import Processes
 from leibler.train.recipe import Recipe
 from leibler.train.result import Run, finished
 from leibler.train.sources import Context
 from leibler.train.validation import validate
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from leibler.data import Dataset
     from leibler.policy import CausalLM
 
@@ -85,8 +88,6 @@ def fit(
         >>> sorted(p.name for p in run.out.iterdir() if p.name != "checkpoints")[:2]
         ['final', 'metrics.jsonl']
     """
-    from accelerate import Accelerator
-
     options = replace(options or Options(), **changes)
     if isinstance(recipe, str):
         from leibler import recipes
@@ -94,34 +95,31 @@ def fit(
         origin = origin or {"recipe": recipe}
         recipe = recipes.get(recipe)
     out = Path(out)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            log_with="tensorboard" if options.tensorboard else None,
-            project_dir=str(out),
-        )
-    except ValueError as error:
-        raise RunError(
-            f"mixed_precision={options.mixed_precision} cannot be set ({str(error).split(', ')[0]}); it holds for a "
-            "whole Python process, so start a new one."
-        ) from error
-    # The first process claims the directory before the others look whether it is free.
-    with accelerator.main_process_first():
-        made = setup.claim_directory(out, resume=resume)
+    processes = Processes.start(options, out)
+    options = replace(options, mixed_precision=processes.accelerator.mixed_precision)
+    made = processes.from_main(lambda: setup.claim_directory(out, resume=resume))
     if resume and (out / "final").exists() and checkpoint.latest(out / "checkpoints")[0] is None:
-        return finished(out, options, quiet)
+        return finished(out, options, quiet or not processes.main)
     try:
         trainer = _Trainer(
-            recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet, accelerator
+            recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet, processes
         )
     except BaseException:
-        if made:
+        if made and processes.main:
             setup.remove_empty(out)
         raise
     if not resume and trainer.main:
         given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
-        setup.write_run_file(out, origin or {"recipe": "custom"}, given, options, trainer.recipe, trainer.identity)
-    return trainer.run()
+        origin = origin or {"recipe": "custom"}
+        differs = run_file.write(
+            *(out, origin, given, options, trainer.recipe, trainer.identity),
+            device=processes.device,
+            processes=processes.world,
+        )
+        if differs:
+            trainer._say(run_file.sentence(differs, origin["repeats"]))
+    with processes.watched():
+        return trainer.run()
 
 
 class _Trainer:
@@ -137,29 +135,13 @@ class _Trainer:
         options: Options,
         resume: bool,
         quiet: bool,
-        accelerator: Accelerator,
+        processes: Processes,
     ) -> None:
         self.recipe, self.options, self.out, self.quiet = recipe, options, out, quiet
-        self.accelerator = accelerator
-        policy = setup.load_model(student, options, trained=True, key="student")
-        policy.requires_grad_(True) if not policy.has_adapter else None
-        given = setup.load_models(recipe, teacher, models, options)
-        specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
-        self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
-        self.validation = self._validation(validation, policy)
-        for name, dataset in self.data.items():
-            if dataset.set_aside_count:
-                self._say(f"data.{name}: {dataset.set_aside_report()}")
-
-        device = self.accelerator.device
-        policy.to(device)
-        self.models, self.modules = resolve(recipe.models, policy, given)
-        for model in (*self.models.values(), *self.modules.values()):
-            model.to(device)
-        self.models["policy"] = policy
-        self.identity = setup.identity(self.data, self.models)
-        if resume:
-            setup.check_identity(out, self.identity)
+        self.processes, self.accelerator = processes, processes.accelerator
+        policy = processes.together(lambda: self._load(student, teacher, models, data, validation, resume))
+        self.blank = sharding.blank(policy) if processes.sharding else None
+        processes.place(self.models.values(), self.modules.values())
         groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
         for name, module in self.modules.items():
             rule = recipe.models[name]
@@ -173,21 +155,30 @@ class _Trainer:
             weight_decay=options.weight_decay,
             foreach=True,
         )
-        wrapped, self.optimizer = self.accelerator.prepare(policy, self.raw_optimizer)
-        world = self.accelerator.num_processes
+        # Prepared as if for evaluation: the engine adds the gradients up itself, once per optimiser step.
+        prepared = self.accelerator.prepare_model(policy, device_placement=False, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
+        several = processes.world > 1
+        self.alignments = alignments(recipe, policy, self.models)
         self.engine = Engine(
             recipe,
-            wrapped,
+            prepared,
             self.models,
             self.modules,
             temperature=options.temperature,
             micro_rows=options.micro_batch_size,
             seed=options.seed,
             backward=self.accelerator.backward,
-            reduce=_summed(self.accelerator) if world > 1 else None,
-            most=_largest(self.accelerator) if world > 1 else None,
+            reduce=processes.sum if several else None,
+            most=processes.most if several else None,
+            average=processes.average if several else None,
             autocast=lambda: self.accelerator.autocast(),
-            world=world,
+            world=processes.world,
+            lockstep=processes.sharding is not None,
+            alignments=self.alignments,
+        )
+        self.minibatches = Minibatches(
+            recipe.schedule, options.seed, processes.rank, processes.world, self.engine.most, self.engine.reduce
         )
         self.step = self.draw = 0
         self.source_state = recipe.source.init()
@@ -197,15 +188,44 @@ class _Trainer:
         self.last: dict[str, float] = {}
         self.validated: dict[str, float] = {}
         self.saved_at = self.validated_at = -1
-        self.journal = Journal(out, options, self.engine.reduce, self.main)
-        if resume:
+        self.resume = resume
+
+    def _begin(self) -> None:
+        """What touches the run's files; ``run.yaml`` stands before, so a kill earlier leaves nothing of a run."""
+        self.journal = Journal(self.out, self.options, self.engine.reduce, self.main)
+        guards = Guards.of(self.options, self.recipe)
+        self.guarding = Guarding(guards, self.out, self.journal, self._say, self.processes.rank, self.processes.gather)
+        if self.resume:
+            if self.main:
+                durable.sweep(self.out)
             self._resume()
-        if options.tensorboard:
+        if self.options.tensorboard:
             self.accelerator.init_trackers("tensorboard")
+
+    def _load(self, student: Any, teacher: Any, models: Any, data: Any, validation: Any, resume: bool) -> CausalLM:
+        """Read data and models: what can fail before the processes need each other. Returns the policy."""
+        recipe, options, out = self.recipe, self.options, self.out if self.main else None
+        policy = setup.load_model(student, options, trained=True, key="student")
+        policy.requires_grad_(True) if not policy.has_adapter else None
+        given = setup.load_models(recipe, teacher, models, options)
+        specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
+        self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
+        self.validation = self._validation(validation, policy)
+        for name, dataset in self.data.items():
+            if dataset.set_aside_count:
+                self._say(f"data.{name}: {dataset.set_aside_report()}")
+
+        self.models, self.modules = resolve(recipe.models, policy, given, options.align)
+        self.models["policy"] = policy
+        self.identity = run_file.identity(self.data, self.models)
+        if resume:
+            run_file.check_identity(self.out, self.identity)
+        return policy
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
+        self._begin()
         progress = Progress(self.options.steps, quiet=self.quiet or not self.main, done=self.step)
         empty = 0
         try:
@@ -213,18 +233,23 @@ class _Trainer:
                 while self.step < self.options.steps and not self._anywhere(self.stop):
                     self._refresh_rounds()
                     started = time.monotonic()
-                    drawn = self._draw()
+                    drawn = self.processes.together(self._draw)
+                    self._guarded(self.guarding.after_draw, self.draw - 1, sum(map(len, drawn.values())))
                     if not self._anywhere(any(len(rows) for rows in drawn.values())):
                         empty += 1
                         if empty >= EMPTY_DRAWS:
-                            raise RunError(
-                                f"{empty} draws in a row left no row to learn from; the stages drop every group: "
-                                "check the reward or the judge on samples.jsonl."
+                            raise self.processes.agreed(
+                                RunError(
+                                    f"{empty} draws in a row left no row to learn from; the stages drop every group: "
+                                    "check the reward or the judge on samples.jsonl."
+                                )
                             )
                         continue
                     empty = 0
-                    self._use(drawn, progress, started)
-                    self._due()
+                    if self._use(drawn, progress, started):
+                        self._due()
+                    else:
+                        self._restore(self._newest(), undone=True)
             if self._anywhere(self.stop):
                 self._save()
                 progress.say(f"interrupted after step {self.step}; go on with: leibler train --resume {self.out}")
@@ -233,12 +258,24 @@ class _Trainer:
             progress.close()
         if self.validation is not None and self.validated_at != self.step:
             self._validate()
+        policy = self.models["policy"] if self.blank is None else sharding.fill(self.blank, self.models["policy"])
         if self.main:
-            self.models["policy"].save(self.out / "final")
+            with durable.folder(self.out / "final") as folder:
+                policy.save(folder)
+        self.accelerator.wait_for_everyone()
         self.journal.close()
         if self.options.tensorboard:
             self.accelerator.end_training()
-        return Run(self.out, self.models["policy"].eval(), self.last, self.validated)
+        return Run(self.out, policy.eval(), self.last, self.validated)
+
+    def _guarded(self, guard: Callable[[int, Any], None], number: int, seen: Any) -> None:
+        """Ask a guard; where it ends the run, the run is saved so that it can be gone on with."""
+        try:
+            guard(number, seen)
+        except RunError as error:
+            self.guarding.forgive()
+            self._save()
+            raise self.processes.agreed(error) from None
 
     def _anywhere(self, here: bool) -> bool:
         """True if it is true of some process."""
@@ -257,19 +294,27 @@ class _Trainer:
             max_new_tokens=self.options.max_new_tokens,
             max_length=setup.max_length(self.models["policy"]),
             temperature=self.options.temperature,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            failed=self.guarding.failed,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            gather=self.processes.gather,
         )
-        drawn, self.source_state = self.recipe.source.draw(context, self.source_state)
+        sampled = {"policy" if h.name == "old" else h.name for h in self.recipe.source.handles()}
+        with self.processes.whole(*(self.models[name] for name in sampled)):
+            drawn, self.source_state = self.recipe.source.draw(context, self.source_state)
         self.draw += 1
         return drawn
 
-    def _use(self, drawn: Mapping[str, Rows], progress: Progress, started: float) -> None:
-        """The optimiser steps of one draw; ``started`` says when the draw began, so that sampling counts as time."""
+    def _use(self, drawn: Mapping[str, Rows], progress: Progress, started: float) -> bool:
+        """The optimiser steps of one draw; ``started`` says when the draw began, so that sampling counts as time.
+
+        Returns False if the run must go back to its last checkpoint.
+        """
         views = self.engine.annotate(drawn, self.step, self.states)
         measured = self.engine.measured(views)
         heard = measured.own
-        for batch in self._batches(views):
+        for batch in self.minibatches(views, self.draw):
+            batch = {s: v.at(self.step, self.states) for s, v in batch.items()}
             result = self._optimise(batch, heard)
             # A draw is measured once, so its controllers hear of it once, however many steps it serves.
             heard = {}
@@ -280,51 +325,34 @@ class _Trainer:
             if self.options.tensorboard and self.main:
                 self.accelerator.log(self.last, step=self.step)
             progress.update(self.step, self.last, speed(self.last, seconds))
+            self._guarded(self.guarding.after_step, self.step, self.last)
+            terms = frozenset(self.engine.names.values())
+            if self.guarding.tripped(self.step, self.last, terms, self._newest() is not None):
+                return False
             started = time.monotonic()
             if self.step >= self.options.steps:
-                return
-
-    def _batches(self, views: Mapping[str, View]) -> Iterator[dict[str, View]]:
-        """Optimiser batches of whole groups, in an order derived from (seed, draw, epoch)."""
-        from leibler.policy.randomness import generator
-
-        schedule = self.recipe.schedule
-        if schedule.single_use:
-            yield {s: v.at(self.step, self.states) for s, v in views.items()}
-            return
-        for epoch in range(schedule.epochs):
-            parts = {}
-            for stream, view in views.items():
-                source = generator(self.options.seed, f"minibatch/{stream}", self.draw, epoch)
-                number = self._group_numbers(view.rows)
-                # All processes cut the same order of the groups that are left on any of them.
-                total = self.engine.most(int(number.max()) + 1 if len(number) else 0)
-                left = torch.zeros(total, device=number.device).index_fill(0, number, 1.0)
-                left = self.engine.reduce(left).cpu() > 0
-                order = torch.randperm(total, generator=source)
-                parts[stream] = order[left[order]]
-            for at in range(schedule.minibatches):
-                batch = {}
-                for stream, view in views.items():
-                    here = parts[stream][at :: schedule.minibatches].to(view.rows.tokens.device)
-                    batch[stream] = view.select(torch.isin(self._group_numbers(view.rows), here).nonzero()[:, 0])
-                yield {s: v.at(self.step, self.states) for s, v in batch.items()}
-
-    def _group_numbers(self, rows: Rows) -> torch.Tensor:
-        """The number of each row's group among those of all processes."""
-        return rows.group * self.accelerator.num_processes + self.accelerator.process_index
+                break
+        return True
 
     def _optimise(self, batch: Mapping[str, View], heard: Mapping[Hashable, Mapping[str, float]]) -> Step:
         rate = self.options.rate(self.step)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         self.optimizer.zero_grad()
+        self.engine.raised = self.guarding.raised
         result = self.engine.accumulate(batch)
         parameters = [p for g in self.raw_optimizer.param_groups for p in g["params"]]
-        norm = self.accelerator.clip_grad_norm_(parameters, self.options.max_grad_norm)
-        self.optimizer.step()
-        result.metrics["grad_norm"] = 0.0 if norm is None else float(norm)
+        norm = self.processes.clip(parameters, self.options.max_grad_norm)
+        result.metrics["grad_norm"] = norm
         result.metrics["learning_rate"] = rate
+        scaled = self.accelerator.scaler is not None
+        broken = self.guarding.broken(result.metrics, scaled=scaled)
+        if scaled or not broken:  # a scaler of losses leaves such steps out by itself, and learns from them
+            self.optimizer.step()
+        if broken:
+            named = {n: p for m in self._saved_modules().values() for n, p in m.named_parameters()}
+            self.guarding.skipped(self.step + 1, self.options.seed, batch, result, named)
+            return result
         for name, rule in self.recipe.models.items():
             if not isinstance(rule, Trained) and rule.due(self.step + 1, 0):
                 rule.refresh(self.models[name], self.models["policy"])
@@ -350,7 +378,7 @@ class _Trainer:
 
     @property
     def main(self) -> bool:
-        return self.accelerator.is_main_process
+        return self.processes.main
 
     def _say(self, message: str) -> None:
         if not self.quiet and self.main:
@@ -380,7 +408,8 @@ class _Trainer:
             self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
         if given is not None:
             needs = ("prompt", "completion") if listens else ("prompt",)
-            return setup.usable(given, needs, policy, self.options, self.out / setup.ASIDE / "validation.jsonl")
+            aside = self.out / setup.ASIDE / "validation.jsonl" if self.main else None
+            return setup.usable(given, needs, policy, self.options, aside)
         if not listens:
             return None
         # It was given none: a twentieth of the data.
@@ -390,12 +419,14 @@ class _Trainer:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        metrics = validate(
-            self.models,
-            self.validation,
-            temperature=self.options.temperature,
-            max_new_tokens=self.options.max_new_tokens,
-        )
+        with self.processes.whole(self.models["policy"]):
+            metrics = validate(
+                self.models,
+                self.validation,
+                temperature=self.options.temperature,
+                max_new_tokens=self.options.max_new_tokens,
+                alignments=self.alignments,
+            )
         self.validated, self.validated_at = metrics, self.step
         self.journal.validation(self.step, metrics)
         event = Validation(self.step, metrics)
@@ -410,49 +441,71 @@ class _Trainer:
         return {"policy": self.models["policy"], **moving, **self.modules}
 
     def _save(self) -> None:
-        if not self.main or self.saved_at == self.step:
+        if self.saved_at == self.step:
             return
         state = {
             "draw": self.draw,
             "last_due": self.last_due,
             "validated": [self.validated_at, self.validated],
-            "source": self.source_state,
+            "source": self.processes.gather(self.source_state),
+            "guards": self.guarding.state,
+            "environment": self._environment(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "signals": [self.states[s] for s in self.stateful],
-            "lengths": self.journal.sync(),
+            "lengths": self.journal.sync() if self.main else {},
             "last": self.last,
         }
         checkpoint.save(
-            self.out / "checkpoints", self.step, self._saved_modules(), self.raw_optimizer, state, self.options.keep
+            self.out / "checkpoints",
+            self.step,
+            self._saved_modules(),
+            self.raw_optimizer,
+            state,
+            keep=self.options.keep,
+            main=self.main,
         )
         self.saved_at = self.step
 
     def _resume(self) -> None:
-        path, complaints = checkpoint.latest(self.out / "checkpoints")
+        # One process chooses: another might find a different checkpoint whole.
+        path, complaints = self.processes.from_main(lambda: checkpoint.latest(self.out / "checkpoints"))
         for complaint in complaints:
             self._say(complaint)
         if path is None:
             # Interrupted before the first checkpoint: the same run from its first step.
             self.journal.cut({})
             return
+        differs = environment.difference(self._restore(path), self._environment())
+        if differs:
+            self._say(differs)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint that this run would go back to."""
+        path = checkpoint.named(self.out / "checkpoints", self.saved_at)
+        return path if self.saved_at >= 0 and path.exists() else None
+
+    def _environment(self) -> dict[str, Any]:
+        return environment.environment(self.options, self.recipe, self.models["policy"], self.processes.world)
+
+    def _restore(self, path: Path | None, *, undone: bool = False) -> dict[str, Any]:
+        """Put a checkpoint in place; returns the environment that it was written in.
+
+        With ``undone`` the run itself goes back: what the tripwire saw, and every warning, stays.
+        """
+        assert path is not None
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
-        self.source_state = state["source"]
+        sources = state["source"]
+        self.source_state = sources[self.processes.rank if len(sources) == self.processes.world else 0]
+        self.guarding.put(state["guards"], undone=undone)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.states = dict(zip(self.stateful, state["signals"], strict=True))
         self.last, (self.validated_at, self.validated) = state["last"], state["validated"]
-        self.journal.cut(state["lengths"])
+        for complaint in self.journal.cut(state["lengths"], warnings=not undone):
+            self._say(complaint)
         self.saved_at = self.step
-
-
-def _summed(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: cast(torch.Tensor, accelerator.reduce(x, "sum"))
-
-
-def _largest(accelerator: Accelerator) -> Callable[[int], int]:
-    def most(number: int) -> int:
-        every = cast(torch.Tensor, accelerator.gather(torch.tensor([number], device=accelerator.device)))
-        return int(every.max())
-
-    return most
+        return state["environment"]
 
 
 def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:

@@ -20,6 +20,10 @@ class Options:
         learning_rate, warmup, decay, weight_decay, beta1, beta2, max_grad_norm: of AdamW; ``warmup`` in steps,
             ``decay`` to zero over the run by a line or a cosine, or not at all.
         max_new_tokens, temperature: of sampled responses; every log-prob is taken at this temperature.
+        rollouts: who samples the policy's responses: ``here``, ``vllm`` (an engine in this process) or
+            ``vllm:http://HOST:PORT`` (a server); see `leibler.policy.vllm`.
+        align: how other models' tokens are matched with the student's: ``tokens``, entry by entry, or ``text``,
+            through the text that both read, for models of another tokenizer.
         seed: all randomness is derived from it.
         save_every: optimiser steps between checkpoints (0: only when interrupted); ``keep`` newest stay.
         validate_every: optimiser steps between validations (0: at the end only, if there is validation data); the first
@@ -28,6 +32,10 @@ class Options:
         adapter_rank: train a LoRA adapter of this rank instead of the weights.
         gradient_checkpointing, dtype: as in Transformers.
         mixed_precision: Accelerate's: no, bf16 or fp16.
+        guard_steps: steps in a row with a non-finite loss or gradient (each is skipped) that end the run.
+        guard_draws: draws in a row for which the reward fails on every response that end the run.
+        max_divergence, on_divergence: a bound on each measured divergence in nats per token, beyond which the run
+            stops, or goes back to the last checkpoint with twice the term's coefficient (``rollback``).
         tensorboard: also write TensorBoard event files.
         trust_remote_code: run Python code that comes with a checkpoint.
     """
@@ -44,6 +52,8 @@ class Options:
     max_grad_norm: float = 1.0
     max_new_tokens: int = 64
     temperature: float = 1.0
+    rollouts: str = "here"
+    align: Literal["tokens", "text"] = "tokens"
     seed: int = 0
     save_every: int = 0
     keep: int = 2
@@ -53,11 +63,15 @@ class Options:
     gradient_checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    guard_steps: int = 5
+    guard_draws: int = 3
+    max_divergence: float | None = None
+    on_divergence: Literal["stop", "rollback"] = "stop"
     tensorboard: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_new_tokens", "keep"):
+        for name in ("steps", "batch_size", "max_new_tokens", "keep", "guard_steps", "guard_draws"):
             if getattr(self, name) < 1:
                 raise RunError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("save_every", "validate_every", "sample_every", "warmup"):
@@ -65,9 +79,15 @@ class Options:
                 raise RunError(f"{name}={getattr(self, name)} must be at least 0.")
         if self.decay not in ("none", "linear", "cosine"):
             raise RunError(f"decay={self.decay!r} must be one of none, linear, cosine.")
+        if self.align not in ("tokens", "text"):
+            raise RunError(f"align={self.align!r} must be one of tokens, text.")
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name}={getattr(self, name)} must be greater than 0.")
+        if self.max_divergence is not None and not self.max_divergence > 0:
+            raise RunError(f"max_divergence={self.max_divergence} must be greater than 0.")
+        if self.on_divergence not in ("stop", "rollback"):
+            raise RunError(f"on_divergence={self.on_divergence!r} must be one of stop, rollback.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise RunError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
 

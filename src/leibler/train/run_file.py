@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leibler.errors import RunError
+from leibler.train import durable
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
 
@@ -77,7 +78,7 @@ def write(
             return True  # the reader takes none
 
     text = yaml.dump(whole, Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    (out / RUN_FILE).write_text(text, encoding="utf-8")
+    durable.write_text(out / RUN_FILE, text)
     return differs
 
 

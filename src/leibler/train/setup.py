@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
 from leibler.safety import plain_name, refuse_links
+from leibler.train import durable
 from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
@@ -34,8 +36,8 @@ def claim_directory(out: Path, *, resume: bool) -> bool:
         return False
     if out.is_file():
         raise RunError(f"out={out} is a file; give a directory.")
-    # Rows that an earlier, refused attempt set aside are no run.
-    if out.exists() and any(p.name != ASIDE for p in out.iterdir()):
+    # What an attempt left that was refused or killed before its run.yaml was whole is no run.
+    if out.exists() and any(p.name != ASIDE and not p.name.startswith(durable.WRITING) for p in out.iterdir()):
         what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
         raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
     made = not out.exists()
@@ -91,9 +93,12 @@ def max_length(policy: CausalLM) -> int:
 
 
 def load_data(
-    recipe: Recipe, specs: Mapping[str, Any], policy: CausalLM, options: Options, out: Path
+    recipe: Recipe, specs: Mapping[str, Any], policy: CausalLM, options: Options, out: Path | None
 ) -> dict[str, Dataset]:
-    """Every data set that the recipe draws from, without the rows that cannot be used (kept aside in a file)."""
+    """Every data set that the recipe draws from, without the rows that cannot be used.
+
+    They are kept aside in a file under ``out``; with ``out=None`` (another process writes it) they are only left out.
+    """
     needed = dict(recipe.source.datasets())
     for name in specs:
         if name not in needed:
@@ -109,7 +114,8 @@ def load_data(
             raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
         labels = ("chosen", "rejected") if name in pairs else ("completion",)
         needs = ("prompt",) if kind == "prompts" else ("prompt", *labels)
-        data = usable(specs[name], needs, policy, options, out / ASIDE / f"{plain_name(name, 'the data')}.jsonl", kind)
+        aside = None if out is None else out / ASIDE / f"{plain_name(name, 'the data')}.jsonl"
+        data = usable(specs[name], needs, policy, options, aside, kind)
         if name not in pairs and data.kind == "preferences":
             # A completion is asked for: a pair beside it is no second label, least of all its rejected half.
             data = replace(data, records=tuple(replace(r, chosen=None, rejected=None) for r in data.records))
@@ -118,9 +124,9 @@ def load_data(
 
 
 def usable(
-    spec: Any, needs: tuple[str, ...], policy: CausalLM, options: Options, aside: Path, kind: str = "labels"
+    spec: Any, needs: tuple[str, ...], policy: CausalLM, options: Options, aside: Path | None, kind: str = "labels"
 ) -> Dataset:
-    """Load data; rows that are malformed or do not fit the model's context are set aside."""
+    """Load data; rows that are malformed or do not fit the model's context are set aside, in a file if one is given."""
     from leibler.data import load
 
     limit, new = max_length(policy), 0 if kind == "labels" else options.max_new_tokens
@@ -129,7 +135,10 @@ def usable(
         long = _length(record, policy, new, labels=kind != "prompts") > limit
         return "longer than the model's context" if long else None
 
-    return load(spec, needs=needs, set_aside=aside, refuse=refuse)
+    with warnings.catch_warnings():
+        if aside is None:
+            warnings.simplefilter("ignore", UserWarning)  # the process that writes the file says so too
+        return load(spec, needs=needs, set_aside=aside, refuse=refuse)
 
 
 def _length(record: Record, policy: CausalLM, new: int, *, labels: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ from leibler.objective.targets import Handle, Model, Old, Policy, Target, Temper
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
     from leibler.policy import CausalLM
+    from leibler.policy.vllm import VllmRollouts
 
 State = dict[str, Any]
 """A source's state: JSON values only, so that it stands in a checkpoint as text."""
@@ -44,6 +45,12 @@ class Context:
     temperature: float
     rank: int = 0
     world: int = 1
+    gather: Callable[[Any], list[Any]] = lambda item: [item]
+    """What each process gave, in order."""
+    rollouts: VllmRollouts | None = None
+    """Samples the policy's responses; None: `leibler.policy.sample` does."""
+    failed: Callable[[Record, str, str], None] | None = None
+    """Hears of each response that a stage sets aside: its record, its text and the reason."""
 
     @property
     def policy(self) -> CausalLM:
@@ -132,10 +139,13 @@ class Data(Source):
     Attributes:
         name: which of the run's data sets.
         rows: sequences per optimiser batch; None: the run's batch size.
+        columns: columns of the data that become columns of the batch: a number for each response, or a list with one
+            number for each of its tokens, the end token included.
     """
 
     name: str = "train"
     rows: int | None = None
+    columns: tuple[str, ...] = ()
 
     def datasets(self) -> Mapping[str, str]:
         return {self.name: "labels"}
@@ -159,7 +169,31 @@ class Data(Source):
                 group.append(number)
                 role.append(kind)
                 owners.append(record)
-        return {"main": _rows(items, group, role, owners, context)}, state
+        rows = _rows(items, group, role, owners, context)
+        return {"main": rows.with_columns(**{name: _column(name, rows) for name in self.columns})}, state
+
+
+def _column(name: str, rows: Rows) -> torch.Tensor:
+    """A column of the records: ``[batch]``, or ``[batch, time]`` where they hold a list for each response."""
+    values = []
+    for record, length in zip(rows.records, rows.length.tolist(), strict=True):
+        value = record.get(name)
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
+            raise DataError(
+                f"the column {name!r} of {record.source or 'a record'} is {value!r:.40}; give a number, or one a token."
+            )
+        if numbers is value and len(numbers) != length:
+            raise DataError(
+                f"the column {name!r} of {record.source or 'a record'} has {len(numbers)} numbers for {length} tokens "
+                "(the end token included); make it with the student's tokenizer."
+            )
+        values.append(torch.tensor(value, dtype=torch.float32))
+    if len({v.ndim for v in values}) > 1:
+        raise DataError(f"the column {name!r} holds numbers in some rows and lists in others; make it one kind.")
+    if not values or values[0].ndim == 0:
+        return torch.stack(values) if values else torch.zeros(0)
+    return torch.zeros(rows.mask.shape).masked_scatter(rows.mask, torch.cat(values))
 
 
 def _rows(
@@ -223,7 +257,7 @@ class OnPolicy(Source):
 
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
         from leibler.policy import sample
-        from leibler.policy.randomness import uniforms
+        from leibler.policy.randomness import derived_seed, uniforms
 
         data = context.dataset(self.prompts)
         count = max((self.rows or context.rows) // self.group_size, 1)
@@ -231,18 +265,24 @@ class OnPolicy(Source):
         mine = list(context.share(count))
         records = [records[i] for i in mine]
         prompts = [context.policy.encode_prompt(r.prompt) for _, r in records]
-        # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
         longest = self.max_new_tokens or context.max_new_tokens
-        table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, longest)
-        picks = torch.tensor([i * self.group_size + g for i in mine for g in range(self.group_size)])
-        law = _sampling_law(self.sampler, context)
-        out = sample(
-            law,
-            prompts,
-            uniforms=table[picks],
-            temperature=context.temperature if self.temperature is None else self.temperature,
-            group_size=self.group_size,
-        )
+        temperature = context.temperature if self.temperature is None else self.temperature
+        if context.rollouts is not None and self.sampler in (Old(), Policy()):
+            context.rollouts.follow(context.policy, context.step)
+            out = context.rollouts.sample(
+                context.policy,
+                prompts,
+                seeds=[derived_seed(context.seed, "rollout", context.draw, i, bits=48) for i in mine],
+                max_new_tokens=longest,
+                temperature=temperature,
+                group_size=self.group_size,
+            )
+        else:
+            # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
+            table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, longest)
+            picks = torch.tensor([i * self.group_size + g for i in mine for g in range(self.group_size)])
+            law = _sampling_law(self.sampler, context)
+            out = sample(law, prompts, uniforms=table[picks], temperature=temperature, group_size=self.group_size)
         completions = [t[m].tolist() for t, m in zip(out.tokens, out.mask, strict=True)]
         group = [i for i in range(len(records)) for _ in range(self.group_size)]
         owners = [r for _, r in records for _ in range(self.group_size)]
@@ -410,10 +450,13 @@ class Adaptive(Source):
         buffer = state["buffer"]
         if u < phi * done and len(buffer) >= context.rows:
             picks = torch.randperm(len(buffer), generator=randomness)[: context.rows].tolist()
-            return {"main": _unpack([buffer[i] for i in picks], context)}, state
+            return {"main": _unpack([buffer[picks[i]] for i in context.share(len(picks))], context)}, state
         drawn, inner = self.rollouts.draw(context, state["rollouts"])
-        rows = drawn["main"]
-        return drawn, {**state, "rollouts": inner, "buffer": (buffer + _pack(rows))[-self.capacity :]}
+        # Every process keeps the rows of all, in the order in which one process would have drawn them.
+        every = context.gather(list(zip(drawn["main"].group.tolist(), _pack(drawn["main"]), strict=True)))
+        numbered = [(g * context.world + rank, item) for rank, part in enumerate(every) for g, item in part]
+        fresh = [item for _, item in sorted(numbered, key=lambda pair: pair[0])]
+        return drawn, {**state, "rollouts": inner, "buffer": (buffer + fresh)[-self.capacity :]}
 
 
 def _pack(rows: Rows) -> list[State]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from leibler.errors import DataError
-from leibler.objective.rows import CHOSEN, REJECTED, Rows, group_spread
+from leibler.errors import DataError, LeiblerError
+from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, group_spread
 from leibler.train.sources import Context
 
 if TYPE_CHECKING:
     from leibler.data import Record
 
 Reward = Callable[[Sequence["Record"], Sequence[str]], Sequence[float]]
-"""``reward(records, responses) -> one number each``."""
+"""``reward(records, responses) -> one finite number each``; it is to give the same numbers for the same responses."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,74 @@ class Score:
 
     def __call__(self, rows: Rows, context: Context) -> Rows:
         reward = self.by.bind(context) if isinstance(self.by, Answer) else self.by
-        values = [float(v) for v in reward(rows.records, rows.texts)]
-        if len(values) != len(rows):
-            raise DataError(
-                f"the reward returned {len(values)} numbers for {len(rows)} responses; return one for each."
-            )
-        for value, text in zip(values, rows.texts, strict=True):
-            if not math.isfinite(value):
-                raise DataError(f"the reward of {text[:40]!r} is {value}; return a finite number for every response.")
-        return rows.with_columns(reward=torch.tensor(values))
+        found = _rewards(reward, rows.records, rows.texts)
+        failed = [isinstance(f, Failure) for f in found]
+        if not any(failed):
+            return rows.with_columns(reward=torch.tensor(found))
+        if context is None or context.failed is None:
+            first = next(f for f in found if isinstance(f, Failure))
+            raise DataError(f"the reward of {rows.texts[failed.index(True)][:40]!r} {first.reason}.")
+        for record, text, each in zip(rows.records, rows.texts, found, strict=True):
+            if isinstance(each, Failure):
+                context.failed(record, text, each.reason)
+        keep = torch.tensor(_comparable(rows, failed), dtype=torch.long)
+        values = torch.tensor([0.0 if isinstance(f, Failure) else f for f in found])
+        return rows.with_columns(reward=values).select(keep)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a response has no reward."""
+
+    reason: str
+
+
+def _rewards(reward: Reward, records: Sequence[Record], texts: Sequence[str]) -> list[float | Failure]:
+    """A number for each response, or why there is none.
+
+    Where the call for all of them fails, each response is scored alone: the others keep their rewards.
+    """
+    if not texts:
+        return []
+    try:
+        found = [_number(v) for v in reward(records, texts)]
+        problem = Failure(f"is missing: the reward returned {len(found)} numbers for {len(texts)} responses")
+    except LeiblerError:
+        raise
+    except Exception as error:
+        found, problem = [], Failure(f"is missing: {_told(error)}")
+    if len(found) == len(texts):
+        return found
+    if len(texts) == 1:
+        return [problem]
+    return [_rewards(reward, [r], [t])[0] for r, t in zip(records, texts, strict=True)]
+
+
+def _number(value: object) -> float | Failure:
+    """A finite number, or what it is instead; text is none, even if it spells one."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return Failure(f"is {value!r:.60}; return a finite number for every response")
+    return number if math.isfinite(number) else Failure(f"is {number}; return a finite number for every response")
+
+
+def _told(error: Exception) -> str:
+    """An error with the place where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _comparable(rows: Rows, failed: Sequence[bool]) -> list[int]:
+    """The rows that are left: not a lone one of a group, nor half a pair."""
+    index: list[int] = rows.group_index.tolist()
+    before, left = Counter(index), Counter(g for g, f in zip(index, failed, strict=True) if not f)
+    paired = {g for g, role in zip(index, rows.role.tolist(), strict=True) if role != SAMPLE}
+    return [
+        i for i, g in enumerate(index) if not failed[i] and (left[g] == before[g] or (left[g] > 1 and g not in paired))
+    ]
 
 
 class Judge(Protocol):
