@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leibler.divergence.rows import Functional, Row
 from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype, zeros
 from leibler.fused.coarse import CoarseRow, OnCoarse, OtherVocabulary, PushedSide
+from leibler.fused.gpu.kernels import Kernels, kernel_chunk, program_for
 from leibler.fused.operands import Linear, TargetRows, Want
 
 Coefficients = Callable[[Float[Tensor, "wants rows"], int, int], Float[Tensor, "wants rows"]]
@@ -87,11 +88,18 @@ class Sweep:
         self.block = torch.float64 if double else torch.float32
         self.chunk = max(1, min(chunk_tokens(largest, model.weight.shape[1], len(everyone)), model.tokens))
         self.rows = min(block_rows(largest, model.weight.device.type), self.chunk)
+        program = program_for(model, plan.wants, plan.targets, plan.token is not None)
+        if program is not None:  # whole chunks at once, and no buffer for blocks of rows
+            self.chunk, self.rows = min(kernel_chunk(model, len(everyone)), max(1, model.tokens)), 1
         self.sides = [
             Side(head, entries, self.chunk, self.rows, product_dtype(head.weight), self.block)
             for head, entries in sizes.values()
         ]
         self.targets = [self._target(target, place) for target in plan.targets]
+        self.kernels = None
+        if program is not None:
+            leaves = [self.sides[mixed.leaves[0]] for mixed in self.targets if isinstance(mixed, Mixed)]
+            self.kernels = Kernels(program, [self.sides[0], *leaves], plan.vocab, self.chunk, plan.token)
         coarse = [isinstance(target, OtherVocabulary) for target in plan.targets]
         self.functionals: Sequence[OnCoarse | Functional] = [
             OnCoarse(w.functional)
@@ -103,7 +111,8 @@ class Sweep:
 
         hidden, weight, bias = needs
         size = (self.rows, plan.vocab)
-        self.scratch = model.weight.new_empty(size, dtype=self.block) if any(needs) else None
+        blocks = any(needs) and self.kernels is None
+        self.scratch = model.weight.new_empty(size, dtype=self.block) if blocks else None
         self.gh = torch.empty_like(model.hidden) if hidden else None
         self.gw = None
         if weight:
@@ -128,8 +137,11 @@ class Sweep:
                 stop = min(start + self.chunk, n)
                 for side in self.sides:
                     side.multiply(start, stop)
-                cuts = [(a, min(a + self.rows, stop)) for a in range(start, stop, self.rows)]
-                scales = [self._block(start, a, b, coefficients) for a, b in cuts]
+                if self.kernels is not None:
+                    scales = [self._by_kernels(self.kernels, start, stop, coefficients)]
+                else:
+                    cuts = [(a, min(a + self.rows, stop)) for a in range(start, stop, self.rows)]
+                    scales = [self._block(start, a, b, coefficients) for a, b in cuts]
                 if coefficients is not None and any(self.needs):
                     self._products(start, stop, torch.cat(scales))
         return self.values
@@ -140,6 +152,20 @@ class Sweep:
         weight = None if self.gw is None else self.gw.to(model.weight.dtype)
         bias = None if self.gb is None or model.bias is None else self.gb.to(model.bias.dtype)
         return Gradients(self.gh, weight, bias)
+
+    def _by_kernels(
+        self, kernels: Kernels, start: int, stop: int, coefficients: Coefficients | None
+    ) -> Float[Tensor, " chunk"]:
+        """``_block`` for a whole chunk: one kernel for the values, one for the gradient."""
+        values = self.values[:, start:stop]
+        values.copy_(kernels.values(start, stop))
+        if coefficients is None or not any(self.needs):
+            return values.new_zeros(stop - start)
+        scale, unit = _scaled(coefficients(values, start, stop).to(self.block), torch.isfinite(values))
+        kernels.gradient(start, unit)
+        if self.gb is not None:
+            kernels.add_column_sums(self.gb, scale / self.plan.model.temperature)
+        return scale
 
     def _block(self, chunk: int, start: int, stop: int, coefficients: Coefficients | None) -> Float[Tensor, " rows"]:
         """Tokens ``start`` to ``stop``: values and, in place of the model's logits, their gradient over its row scale.
@@ -179,9 +205,7 @@ class Sweep:
             return values.new_zeros(stop - start)
 
         finite = torch.isfinite(values)
-        coefficient = coefficients(values, start, stop).to(self.block).masked_fill(~finite, 0)
-        scale = coefficient.abs().amax(dim=0)
-        unit = coefficient / torch.where(scale == 0, 1, scale)
+        scale, unit = _scaled(coefficients(values, start, stop).to(self.block), finite)
         live, whole = (unit != 0).any(dim=1).tolist(), finite.all(dim=1).tolist()
         grad = self.scratch[: stop - start].zero_()
         for k, functional in enumerate(self.functionals):
@@ -219,3 +243,12 @@ class Sweep:
         for a in range(0, vocab, step):
             part = torch.mm(grad[:, a : a + step].T, hidden)
             self.gw[a : min(a + step, vocab)].addcmul_(part.to(self.block), top)
+
+
+def _scaled(
+    coefficient: Float[Tensor, "wants rows"], finite: Bool[Tensor, "wants rows"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, "wants rows"]]:
+    """The largest coefficient of each row, and the coefficients in units of it; 0 where a value is not finite."""
+    coefficient = coefficient.masked_fill(~finite, 0)
+    scale = coefficient.abs().amax(dim=0)
+    return scale, coefficient / torch.where(scale == 0, 1, scale)
