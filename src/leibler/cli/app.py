@@ -105,11 +105,27 @@ def train(
 ) -> None:
     """Train a model by a recipe.
 
-    Ctrl-C saves; --resume goes on exactly where the run stopped.
+    Ctrl-C saves; --resume goes on exactly where the run stopped. Several processes: torchrun -m leibler train ..., or
+    accelerate launch with a file that `leibler config` names.
     """
     from leibler.cli.train import train_command
 
     train_command(recipe, overrides or [], resume)
+
+
+@_command("config", "accelerate launch --config_file $(leibler config fsdp2) -m leibler train gkd ...\nleibler config")
+def config(
+    name: Annotated[str | None, typer.Argument(help="A configuration; without it, all are listed.")] = None,
+) -> None:
+    """Print where a configuration for several processes lies.
+
+    They are files for `accelerate launch --config_file`: several GPUs (ddp), weights shared out among them (fsdp2), and
+    the same with two processes on the CPU, for trying out.
+    """
+    from leibler import configs
+
+    for found in [name] if name else configs.names():
+        typer.echo(configs.path(found))
 
 
 @_command("verify", "leibler verify minillm kdrl\nleibler verify --family preference --full --json")

@@ -40,7 +40,7 @@ def split(arguments: Iterable[str]) -> dict[str, str]:
         key, equals, value = argument.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise RecipeError(f"'{argument}' is not an override; write it as key=value.")
+            raise RecipeError(f"'{_short(argument)}' is not an override; write it as key=value.")
         if key in out:
             raise RecipeError(f"{key} is given twice, as '{out[key]}' and as '{value}'; keep one.")
         out[key] = value

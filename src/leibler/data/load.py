@@ -328,7 +328,7 @@ def _table(spec: Iterable[Any], name: str) -> Iterator[_Found]:
         for row in spec:
             line += 1
             yield line, row, None
-    except READERS as error:
+    except Exception as error:  # decoding and the user's own transforms happen here
         raise DataError(
             f"cannot read {name} after row {line} ({_first_line(error)}); mend or leave out that row."
         ) from error

@@ -14,8 +14,8 @@ MAX_DEPTH = 64
 """Deeper nesting in an extra column is refused: writing it back would end in a RecursionError."""
 MAX_LINE = 8 * 2**20
 """Bytes in a line, characters in a text. A longer one is no training example, and must not fill the memory."""
-MAX_VALUES = 2**23
-"""Values in a row: what a line can hold. A structure of Python that holds itself many times over has more."""
+MAX_VALUES = 2**20
+"""Values in a row. A structure of Python that holds itself many times over has any number of them."""
 MAX_DIGITS = 4000
 """Of a whole number; Python writes no longer ones."""
 
@@ -147,7 +147,7 @@ class _Check:
     def value(self, value: Any, path: str, depth: int) -> None:
         self.left -= 1
         if self.left < 0:
-            raise BadRow(f"more than {MAX_VALUES // 2**20} million values in one row")
+            raise BadRow("more than a million values in one row")
         if depth > MAX_DEPTH:
             raise BadRow(f"nested deeper than {MAX_DEPTH} levels", f"in {path[:80]!r}")
         if isinstance(value, float) and not math.isfinite(value):
