@@ -1,0 +1,148 @@
+"""A student's own completions, sampled once, as a data set to make a cache of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leibler.cache.identity import fingerprint
+from leibler.cache.layout import replace
+from leibler.errors import RunError
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset
+    from leibler.policy import CausalLM
+
+ROLLOUTS, SETTINGS, PARTIAL = "rollouts.jsonl", "rollouts.json", "rollouts.partial.jsonl"
+
+
+def roll_out(
+    student: CausalLM,
+    prompts: Dataset,
+    folder: str | Path,
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Path, dict[str, int]]:
+    """Sample completions of every prompt and write them as records, a line each.
+
+    Each line keeps the prompt's record (its answer and other columns) and says whether the completion ended by itself
+    (``finished``). A kill loses at most one batch: the same call goes on, and draws what it would have drawn. Files are
+    text, so a completion is tokenized anew when it is read: ``changed`` counts those that then come out differently.
+
+    Args:
+        student: the model.
+        prompts: records.
+        folder: where ``rollouts.jsonl`` is written.
+        samples: completions of each prompt.
+        max_new_tokens, temperature, seed: of the samples.
+        batch_size: prompts at a time (it decides the last bits of the sampler's arithmetic, so it is remembered too).
+        progress: called with the prompts done, and all of them.
+
+    Returns:
+        The file, and counts: ``completions``, ``blank`` (left out, for there is nothing to read), ``unfinished``,
+        ``changed``.
+
+    Raises:
+        RunError: the folder holds rollouts of other arguments.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "student": fingerprint(student),
+        "prompts": prompts.content_hash,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    counts = {"completions": 0, "blank": 0, "unfinished": 0, "changed": 0}
+    out, partial = folder / ROLLOUTS, folder / PARTIAL
+    if (folder / SETTINGS).exists():
+        _same(folder / SETTINGS, settings)
+    else:
+        replace(folder / SETTINGS, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    if out.exists():
+        return out, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["counts"]
+    batches = _whole_batches(partial)
+    done = len(batches) * batch_size
+    with partial.open("ab") as file:
+        for start in range(done, len(prompts), batch_size):
+            records = list(prompts)[start : start + batch_size]
+            lines = _sampled(student, records, start, samples, max_new_tokens, temperature, seed)
+            batches.append(lines)
+            file.write(json.dumps(lines).encode() + b"\n")
+            file.flush()
+            if progress is not None:
+                progress(min(start + batch_size, len(prompts)), len(prompts))
+    kept = [line for batch in batches for line in batch]
+    for line in kept:
+        _count(counts, line)
+    # Blank completions stand in the partial file alone: no reader of data takes them.
+    replace(folder / SETTINGS, lambda file: file.write(json.dumps({**settings, "counts": counts}, indent=1).encode()))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept if line["completion"].strip())
+    replace(out, lambda file: file.write(text.encode()))
+    partial.unlink()
+    return out, counts
+
+
+def _sampled(
+    student: CausalLM, records: list[Any], start: int, samples: int, longest: int, temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    from leibler.policy import sample, uniforms
+
+    table = uniforms(seed, "cache", 0, len(records) * samples, longest, first_row=start * samples)
+    ids = [student.encode_prompt(r.prompt) for r in records]
+    drawn = sample(student, ids, uniforms=table, temperature=temperature, group_size=samples)
+    lines = []
+    finished = drawn.finished.tolist()
+    for i, tokens in enumerate(drawn.completions()):
+        record = records[i // samples]
+        text = student.decode(tokens)
+        again = student.encode_completion(text)
+        ended = tokens if finished[i] else [*tokens, student.tokenizer.eos_token_id]
+        line = {"prompt": record.prompt, "completion": text, "finished": finished[i], "changed": again != ended}
+        if record.answer is not None:
+            line["answer"] = record.answer
+        lines.append({**{k: v for k, v in record.extra.items() if k not in line}, **line})
+    return lines
+
+
+def _count(counts: dict[str, int], line: dict[str, Any]) -> None:
+    blank = not line["completion"].strip()
+    counts["blank"] += blank
+    counts["completions"] += not blank
+    counts["unfinished"] += not blank and not line["finished"]
+    counts["changed"] += not blank and line["changed"]
+
+
+def _whole_batches(partial: Path) -> list[list[dict[str, Any]]]:
+    """What an interrupted call has drawn; a line that was torn is cut away."""
+    if not partial.exists():
+        return []
+    batches, whole = [], 0
+    for line in partial.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        batches.append(json.loads(line))
+        whole += len(line)
+    with partial.open("r+b") as file:
+        file.truncate(whole)
+    return batches
+
+
+def _same(path: Path, settings: dict[str, Any]) -> None:
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if before.get(key) != value:
+            shown = "" if key in ("student", "prompts") else f" ({before.get(key)} then, {value} now)"
+            raise RunError(
+                f"{path.parent} holds rollouts of another {key}{shown}; give the same again, or another directory."
+            )
