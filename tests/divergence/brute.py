@@ -131,8 +131,8 @@ def brute(divergence: Divergence, model: Tensor, target: Tensor) -> Tensor:
 
 
 def _shares(p: Tensor, q: Tensor, head_mass: float) -> Tensor:
-    order = q.argsort(descending=True)
-    head = q[order].cumsum(0) <= head_mass
+    order = q.argsort(descending=True, stable=True)
+    head = (q[order].cumsum(0) <= head_mass) | (head_mass == 1.0)  # of all, whatever the sum rounds to
     head[0] = True
     gap = (p - q).abs()[order].detach()
     parts = torch.stack([gap[head].sum(), gap[~head].sum()])

@@ -6,27 +6,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from leibler.divergence.base import Divergence
-from leibler.divergence.kl import ForwardKL, ReverseKL
+from leibler.divergence.kl import add_both_gradients
 from leibler.divergence.pair import pair
 from leibler.divergence.rows import Row
 from leibler.errors import RecipeError
 
-LOOKS = (64, 1024)
-"""The head is looked for among this many largest entries first: few rows need more, and a full sort is slow."""
+_INDEXED = 2**17
+"""Indices made at a time: they take twice the bytes of the numbers, and should stay in the cache."""
 
 
 @dataclass(frozen=True)
 class AdaptiveKL(Divergence):
     """``w KL(q || p) + (1 - w) KL(p || q)``, ``w = g_head / (g_head + g_tail)`` held constant in the gradient.
 
-    The head is the longest prefix of the target's entries, largest first, whose mass is at most ``head_mass``, and
-    always holds the largest; ``g`` is the sum of ``|p - q|`` over head or tail. Where p equals q, w is 1/2. The
-    gradient is that of the two KLs with w fixed, so it is not the gradient of the value. A side whose weight rounds
-    to 0 takes no part, even if it is infinite. Source: T. Wu et al.,
+    The head is the longest prefix of the target's entries, largest first (of equal ones the first in the vocabulary),
+    whose mass is at most ``head_mass``, and always holds the largest; ``g`` is the sum of ``|p - q|`` over head or
+    tail. Where p equals q, w is 1/2. The gradient is that of the two KLs with w fixed, so it is not the gradient of the
+    value. A side whose weight rounds to 0 takes no part, even if it is infinite. Source: T. Wu et al.,
     "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models" (2025).
 
     Raises:
@@ -58,8 +58,7 @@ class AdaptiveKL(Divergence):
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
         forward, reverse = saved
-        ForwardKL()._add_gradient(grad, coefficient * forward, model, target, None)
-        ReverseKL()._add_gradient(grad, coefficient * reverse, model, target, None)
+        add_both_gradients(grad, coefficient * forward, coefficient * reverse, model, target)
 
     def swapped(self) -> Divergence:
         return _ExchangedAdaptiveKL(self.head_mass)
@@ -81,40 +80,72 @@ def _head_and_tail(
     ranked: Row, other: Row, head_mass: float
 ) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
     """The head's and the tail's part of ``sum |p - q|``; both 1/2 where that sum is 0."""
-    mass, vocab = ranked.p, ranked.p.shape[-1]
-    gap = (mass - other.p).abs_()
-    head, complete = _split_head(mass, gap, head_mass, min(LOOKS[0], vocab))
-    tail = gap.sum(dim=-1)
-    for count in (*LOOKS[1:], vocab):
-        if bool(complete.all()):
-            break
-        # The look before has set part of the head to 0 in these rows: their gaps are made again.
-        rest = (~complete).nonzero().squeeze(-1)
-        again = (mass[rest] - other.p[rest]).abs_()
-        head[rest], complete[rest] = _split_head(mass[rest], again, head_mass, min(count, vocab))
-        tail[rest] = again.sum(dim=-1)
+    # The same operations on both sides: equal rows differ by exactly 0.
+    gap = (ranked.weights / ranked.total).sub_(other.weights / other.total).abs_()
+    of_head = _in_head(ranked, head_mass).mul_(gap)
+    head = of_head.sum(dim=-1, keepdim=True)
+    # A sum of its own: total minus head would round to 0 while it decides between a finite and an infinite value.
+    tail = gap.sub_(of_head).sum(dim=-1, keepdim=True)
     total = head + tail
     silent, scale = total == 0.0, total.clamp(min=torch.finfo(total.dtype).tiny)
-    return (head / scale).masked_fill_(silent, 0.5).unsqueeze(-1), (tail / scale).masked_fill_(silent, 0.5).unsqueeze(
-        -1
-    )
+    return (head / scale).masked_fill_(silent, 0.5), (tail / scale).masked_fill_(silent, 0.5)
 
 
-def _split_head(
-    mass: Float[Tensor, "rows vocab"], gap: Float[Tensor, "rows vocab"], head_mass: float, count: int
-) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
-    """Sum of ``gap`` over the head, which is set to 0 there; and the rows whose head ends within ``count`` entries.
+def _in_head(row: Row, head_mass: float) -> Float[Tensor, "rows vocab"]:
+    """1 at the entries of the head, else 0; without sorting the vocabulary.
 
-    The tail is then a sum of its own: as total minus head it would round to 0 while it still decides between a
-    finite and an infinite value.
+    The bits of positive floating-point numbers are ordered as the numbers are, so their leading bits are buckets. A
+    histogram of the mass tells which buckets lie in the head as a whole; only the one bucket where the head ends is
+    sorted.
     """
-    largest, index = mass.topk(count, dim=-1)
-    inside = largest.cumsum(dim=-1) <= head_mass
-    complete = ~inside[:, -1] | (count == mass.shape[-1])
-    inside[:, 0] = True
-    of_head = gap.gather(-1, index)
-    gap.scatter_(-1, index, of_head.masked_fill(inside, 0.0))
-    return (of_head * inside).sum(dim=-1), complete
+    weights = row.weights
+    if head_mass >= 1.0:
+        return torch.ones_like(weights)
+    if not bool(row.total.isfinite().all()):
+        weights = weights.nan_to_num()  # such a row has no head, and its value is NaN all the same
+    count, vocab = weights.shape
+    integer, one = (torch.int64, 0x3FF0 << 48) if weights.dtype == torch.float64 else (torch.int32, 0x3F80 << 16)
+    # The largest weight is 1. About vocab / 4 buckets: more would cost more to sum up than they spare in sorting.
+    shift = max(one.bit_length() - max(vocab.bit_length() - 3, 6), 0)
+    bits = weights.view(integer)
+    bucket = bits >> shift
+    mass = weights.new_zeros(count, (one >> shift) + 1)
+    few = max(_INDEXED // vocab, 1)
+    for part, index, values in zip(mass.split(few), bucket.split(few), weights.split(few)):
+        part.scatter_add_(-1, index.long(), values)
+    mass = mass.cumsum(dim=-1, dtype=torch.float64)  # from the smallest
+    # The head may reach down to where this much mass is left below it.
+    left = mass[:, -1:] - head_mass * mass[:, -1:]
+    edge = torch.searchsorted(mass, left)
+    room = mass.gather(-1, edge) - left  # what of the bucket at the edge fits
+    edge = edge.to(integer)
+    least = ((edge + 1) << shift).view(weights.dtype)
+    # Comparisons are several times faster into a tensor of their operands' type than into booleans.
+    inside = torch.ge(weights, least, out=torch.empty_like(weights))
+
+    flat = _positions(torch.eq(bucket, edge, out=bucket))
+    rows = flat // vocab
+    # By row, then by falling weight, then as in the vocabulary.
+    low = bits.view(-1)[flat] & ((1 << shift) - 1)
+    order = ((rows << shift) - low).sort(stable=True).indices
+    flat = flat[order]
+    rows = rows[order]
+    sums = torch.nn.functional.pad(weights.view(-1)[flat].cumsum(dim=0, dtype=torch.float64), (1, 0))
+    first = torch.searchsorted(rows, torch.arange(count, device=rows.device))
+    taken = sums[1:] - sums[first[rows]] <= room.squeeze(-1)[rows]
+    # The largest entry, whatever its mass, if it is not above the edge anyway.
+    taken |= (torch.arange(len(rows), device=rows.device) == first[rows]) & (edge.squeeze(-1)[rows] == one >> shift)
+    inside.view(-1)[flat] = taken.to(inside.dtype)
+    return inside
+
+
+def _positions(hits: Int[Tensor, "rows vocab"]) -> Int[Tensor, " hits"]:
+    """Where few entries are not 0, in the flattened tensor: looked for eight at a time."""
+    small = hits.to(torch.int8).view(-1)
+    small = torch.nn.functional.pad(small, (0, -small.numel() % 8))
+    some = small.view(torch.int64).nonzero().squeeze(-1)
+    group, place = small.view(-1, 8)[some].nonzero(as_tuple=True)
+    return some[group] * 8 + place
 
 
 def _times(weight: Float[Tensor, " rows"], value: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

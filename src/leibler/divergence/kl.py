@@ -117,8 +117,7 @@ class Jeffreys(Divergence):
     def _add_gradient(
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
-        ReverseKL()._add_gradient(grad, coefficient, model, target, None)
-        ForwardKL()._add_gradient(grad, coefficient, model, target, None)
+        add_both_gradients(grad, coefficient, coefficient, model, target)
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return bounded_expm1(log_u) * log_u
@@ -132,3 +131,21 @@ class Jeffreys(Divergence):
 
     def swapped(self) -> Divergence:
         return self
+
+
+def add_both_gradients(
+    grad: Float[Tensor, "rows vocab"],
+    forward: Float[Tensor, "rows 1"],
+    reverse: Float[Tensor, "rows 1"],
+    model: Row,
+    target: Row,
+) -> None:
+    """Add ``forward`` times the gradient of ``ForwardKL`` and ``reverse`` times that of ``ReverseKL``.
+
+    In one expression, ``p (forward - reverse (log(q/p) + KL)) - forward q``: fewer passes over the vocabulary.
+    """
+    both = pair(model, target)
+    slope = reverse * -LN2
+    weighted = (both.difference - both.reverse_mean).mul_(slope / model.total).add_(forward / model.total)
+    grad.addcmul_(weighted, model.weights)
+    grad.addcmul_(target.weights, -forward / target.total)

@@ -84,14 +84,14 @@ class Pair:
     def forward_kl(self) -> Float[Tensor, " rows"]:
         """``KL(q || p)`` in nats; inf where the model lacks support."""
         plain = (self.forward_mean - self.shift) * LN2
-        values = _centred_kl(plain, self.target, self.model.logits, self.difference, self.forward_mean)
+        values = _centred_kl(plain, self.target, self.model.logits, self.difference, self.forward_mean, 1.0)
         return infinite(values, self.model_lacks)
 
     @cached_property
     def reverse_kl(self) -> Float[Tensor, " rows"]:
         """``KL(p || q)`` in nats; inf where the target lacks support."""
         plain = (self.shift - self.reverse_mean) * LN2
-        values = _centred_kl(plain, self.model, self.target.logits, -self.difference, -self.reverse_mean)
+        values = _centred_kl(plain, self.model, self.target.logits, self.difference, self.reverse_mean, -1.0)
         return infinite(values, self.target_lacks)
 
     @cached_property
@@ -125,8 +125,9 @@ def _centred_kl(
     other: Float[Tensor, "rows vocab"],
     difference: Float[Tensor, "rows vocab"],
     mean: Float[Tensor, "rows 1"],
+    sign: float,
 ) -> Float[Tensor, " rows"]:
-    """KL(a || b) given ``difference = log2 a - log2 b`` up to a constant, and its mean under ``a``.
+    """KL(a || b) given ``sign * difference = log2 a - log2 b`` up to a constant, and the difference's mean under ``a``.
 
     With d the centred difference in nats, KL = log E_a exp(-d) = log1p(E_a[expm1(-d) + d]): no term of first order
     in d, so rounding in the normalisers cancels. Rows with a large KL keep the plain value, where exp(-d) may
@@ -142,12 +143,12 @@ def _centred_kl(
         index = small.nonzero().squeeze(-1)
         weights, total, maximum, mean = weights[index], total[index], maximum[index], mean[index]
         logits, other, difference = logits[index], other[index], difference[index]
-    deviation = (difference - mean).mul_(LN2)
+    deviation = (difference - mean).mul_(sign * LN2)
     extreme = bool(deviation.amin() < -EXTREME)
     integrand = torch.expm1(-deviation).add_(deviation)
     if extreme:
         # exp(-d) under a's weight is b's weight: weights * exp(-d) = 2^(other - maximum + mean), which is bounded.
-        direct = torch.exp2(other - maximum + mean) - weights + weights * deviation
+        direct = torch.exp2(other - maximum + sign * mean) - weights + weights * deviation
         sums = torch.where(deviation < -EXTREME, direct, weights * integrand).sum(dim=-1)
     else:
         sums = integrand.mul_(weights).sum(dim=-1)

@@ -50,7 +50,7 @@ class Row:
     @cached_property
     def weights(self) -> Float[Tensor, "rows vocab"]:
         """``2 ** (logits - maximum)``: the unnormalised probabilities, at most 1."""
-        return torch.exp2(self.logits - self.maximum)
+        return (self.logits - self.maximum).exp2_()
 
     @cached_property
     def total(self) -> Float[Tensor, "rows 1"]:
