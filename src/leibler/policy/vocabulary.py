@@ -193,9 +193,8 @@ class Reading:
 class TextAlignment:
     """Reads a student's batches with another model's tokenizer and compares both where they have read the same text.
 
-    Prompt and response are encoded anew, each from what the student's tokens spell; a response that is not text to its
-    end (a part of a character was sampled) is read as far as it is. Positions at which the two tokenizations do not
-    both stand between tokens are left out.
+    Prompt and response are encoded anew, each from what the student's tokens spell. Positions at which the two
+    tokenizations do not both stand between tokens are left out, as are those beyond the teacher's context.
 
     Args:
         student, teacher: the models; the teacher is the one whose law serves as target.
@@ -218,6 +217,9 @@ class TextAlignment:
         self.student, self.teacher = student, teacher
         self.maps = common_cells(student, teacher, rest)
         self._spelt = spelling(student.tokenizer), spelling(teacher.tokenizer)
+        special = self._spelt[1].special
+        # One byte each, below 0x80 or not: those that are text by themselves are never asked for.
+        self._bytes = {p[0]: n for n, p in enumerate(self._spelt[1].pieces) if p and len(p) == 1 and n not in special}
 
     def to(self, device: torch.device | str) -> TextAlignment:
         self.maps = (self.maps[0].to(device), self.maps[1].to(device))
@@ -257,28 +259,45 @@ class TextAlignment:
         said, _ = self._spelt[0].read(prompt[1:] if prompt[0] == begin else prompt)
         ended = bool(response) and response[-1] in self.student.stop_ids
         text, ends = self._spelt[0].read(response[:-1] if ended else response)
-        here = [0, *ends]
-        plain, _ = valid_text(text)
-        mine, there = self._encode(plain)
+        tokens, there = self._encode(text)
         count = dict(zip(there, range(len(there)), strict=True))
-        return self.teacher.encode_prompt(valid_text(said)[0]), mine, [count.get(at) for at in here]
+        return self.teacher.encode_prompt(valid_text(said)[0]), tokens, [count.get(at) for at in (0, *ends)]
 
-    def _encode(self, text: str) -> tuple[list[int], list[int]]:
-        """A response in the teacher's tokens, and the bytes that are read before the first and after each."""
+    def _encode(self, data: bytes) -> tuple[list[int], list[int]]:
+        """A response in the teacher's tokens, and the bytes that are read before the first and after each.
+
+        Where a student samples bytes that are no text, a teacher with tokens for single bytes reads them one by one;
+        another one reads no further.
+        """
+        tokens, ends, at = [], [0], 0
+        while True:
+            text, whole = valid_text(data[at:])
+            more, read = self._encode_text(text)
+            tokens += more
+            ends += [at + n if n >= 0 else -1 for n in read]
+            at += len(text.encode())
+            if whole or data[at] not in self._bytes:
+                return tokens, ends
+            tokens.append(self._bytes[data[at]])
+            at += 1
+            ends.append(at)
+
+    def _encode_text(self, text: str) -> tuple[list[int], list[int]]:
         tokens = list(self.teacher.tokenizer.encode(text, add_special_tokens=False))
         spelt, ends = self._spelt[1].read(tokens)
         if spelt == text.encode() and len(ends) == len(tokens):
-            return tokens, [0, *ends]
+            return tokens, ends
         # It changes what it reads, or does not know it all: then its own account of which characters it took.
         given = self.teacher.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = [tuple(span) for span in cast("list[tuple[int, int]]", given["offset_mapping"])]
-        bytes_before = [0]
+        spans = cast("list[tuple[int, int]]", given["offset_mapping"])
+        before = [0]
         for character in text:
-            bytes_before.append(bytes_before[-1] + len(character.encode()))
-        # Tokens that share a character: only the last of them has read it.
+            before.append(before[-1] + len(character.encode()))
+        # Of tokens that share a character, only the last one has read it.
         after = [*(start for start, _ in spans[1:]), len(text)]
-        ends = [bytes_before[end] if end <= following else -1 for (_, end), following in zip(spans, after, strict=True)]
-        return tokens, [0, *ends]
+        return tokens, [
+            before[end] if end <= following else -1 for (_, end), following in zip(spans, after, strict=True)
+        ]
 
     def merged(self, law: TargetRows, reading: Reading) -> Merged:
         """A law over the teacher's entries at the events of a reading, as the target of the student's."""
