@@ -286,7 +286,9 @@ def test_adaptive_head_wherever_it_ends(vocab: int, head_mass: float) -> None:
         size = torch.maximum(ours.abs(), theirs.abs().masked_fill(theirs == -torch.inf, 0.0)).amax(dim=-1).clamp(min=10)
         assert torch.equal(got.isinf(), wanted.isinf())
         error = (got - wanted).abs().nan_to_num() / (1.0 + wanted.abs().nan_to_num(posinf=0.0))
-        assert (error <= 10 * torch.finfo(dtype).eps * size).all(), error
+        # Where thousands of entries are equal, rounding in float32 may move the end by one of them.
+        slack = 1.0 / vocab if dtype == torch.float32 and vocab > 10_000 else 0.0
+        assert (error <= 10 * torch.finfo(dtype).eps * size + slack).all(), error
 
 
 def test_sampled_log_probability_and_entropy() -> None:
