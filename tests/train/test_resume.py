@@ -77,9 +77,9 @@ def test_the_cases_are_no_idle_ones(tmp_path):
     slug, params, _, options = CASES["distillm"]
     run(make(slug, params)(None), tmp_path / "distillm", **options)
     state = json.loads(next((tmp_path / "distillm" / "checkpoints").glob("step-*12/state.json")).read_text())
-    assert state["source"][0]["phi"]["phi"] == 1.0
-    rollouts = state["source"][0]["rollouts"]["position"] // 8
-    data = state["source"][0]["data"]["position"] // 8
+    assert state["source"]["phi"]["phi"] == 1.0
+    rollouts = state["source"]["rollouts"]["position"] // 8
+    data = state["source"]["data"]["position"] // 8
     assert rollouts >= 1
     assert data >= 1
     assert rollouts + data < 12, "some draws came from the buffer"

@@ -9,6 +9,7 @@ from leibler.train.models import EMA, Frozen, ModelRule, Snapshot, Trained, Valu
 from leibler.train.options import Options
 from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
+from leibler.train.replay import Replay
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, MuteEqual, Score, WinRate
 
@@ -28,6 +29,7 @@ __all__ = [
     "Options",
     "RaiseOnWorse",
     "Recipe",
+    "Replay",
     "Run",
     "Sampled",
     "Schedule",

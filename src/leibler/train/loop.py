@@ -14,7 +14,7 @@ import torch
 from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import Signal, StepEnd, Validation
-from leibler.train import checkpoint, durable, environment, run_file, setup, sharding
+from leibler.train import checkpoint, durable, environment, rollouts, run_file, setup, sharding, stored
 from leibler.train.aligned import alignments
 from leibler.train.engine import Engine, Step
 from leibler.train.guarding import Guarding
@@ -137,6 +137,7 @@ class _Trainer:
         quiet: bool,
         processes: Processes,
     ) -> None:
+        recipe, self.rollouts = rollouts.arrange(recipe, options, student, out, processes.world)
         self.recipe, self.options, self.out, self.quiet = recipe, options, out, quiet
         self.processes, self.accelerator = processes, processes.accelerator
         policy = processes.together(lambda: self._load(student, teacher, models, data, validation, resume))
@@ -176,6 +177,7 @@ class _Trainer:
             world=processes.world,
             lockstep=processes.sharding is not None,
             alignments=self.alignments,
+            stored=self.stored,
         )
         self.minibatches = Minibatches(
             recipe.schedule, options.seed, processes.rank, processes.world, self.engine.most, self.engine.reduce
@@ -215,9 +217,12 @@ class _Trainer:
             if dataset.set_aside_count:
                 self._say(f"data.{name}: {dataset.set_aside_report()}")
 
-        self.models, self.modules = resolve(recipe.models, policy, given, options.align)
+        self.stored = stored.stored_models(recipe.models, given)
+        live = {name: rule for name, rule in recipe.models.items() if name not in self.stored}
+        self.models, self.modules = resolve(live, policy, given, options.align)
         self.models["policy"] = policy
-        self.identity = run_file.identity(self.data, self.models)
+        stored.check(recipe, self.stored, policy, self.data, options.temperature)
+        self.identity = run_file.identity(self.data, self.models, self.stored)
         if resume:
             run_file.check_identity(self.out, self.identity)
         return policy
@@ -263,6 +268,8 @@ class _Trainer:
             with durable.folder(self.out / "final") as folder:
                 policy.save(folder)
         self.accelerator.wait_for_everyone()
+        if self.rollouts is not None:
+            self.rollouts.close()
         self.journal.close()
         if self.options.tensorboard:
             self.accelerator.end_training()
@@ -298,6 +305,7 @@ class _Trainer:
             rank=self.processes.rank,
             world=self.processes.world,
             gather=self.processes.gather,
+            rollouts=self.rollouts,
         )
         sampled = {"policy" if h.name == "old" else h.name for h in self.recipe.source.handles()}
         with self.processes.whole(*(self.models[name] for name in sampled)):
@@ -447,7 +455,7 @@ class _Trainer:
             "draw": self.draw,
             "last_due": self.last_due,
             "validated": [self.validated_at, self.validated],
-            "source": self.processes.gather(self.source_state),
+            "source": self.source_state,
             "guards": self.guarding.state,
             "environment": self._environment(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -495,8 +503,7 @@ class _Trainer:
         assert path is not None
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
-        sources = state["source"]
-        self.source_state = sources[self.processes.rank if len(sources) == self.processes.world else 0]
+        self.source_state = state["source"]
         self.guarding.put(state["guards"], undone=undone)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
