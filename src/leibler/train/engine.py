@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leibler.cache import TeacherCache
 from leibler.divergence import SampledLogProb
 from leibler.fused import Linear, Merged, TargetRows, Want, functionals, one_pass
 from leibler.fused.coarse import OtherVocabulary
@@ -56,6 +57,7 @@ class Engine:
         autocast: the context that forward passes run in.
         reduce, most, world: the sum of a tensor and the largest of a number over all processes, and how many they are.
         alignments: of the models whose tokenizer is not the policy's, by name.
+        stored: what is known of models that are not in memory, by name.
         average: makes the gradients of parameters their mean over all processes, once an optimiser step.
         lockstep: True where every pass through a model is one of all processes (its weights are sharded), so that all
             must make equally many.
@@ -79,6 +81,7 @@ class Engine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         world: int = 1,
         alignments: Mapping[str, TextAlignment] | None = None,
+        stored: Mapping[str, TeacherCache] | None = None,
         lockstep: bool = False,
     ) -> None:
         self.recipe = recipe
@@ -93,6 +96,7 @@ class Engine:
         self.reduce = reduce or (lambda x: x)
         self.autocast = autocast
         self.alignments = alignments or {}
+        self.stored = stored or {}
         self.most = most or (lambda n: n)
         self.average = average or (lambda parameters: None)
         self.world = world
@@ -153,6 +157,8 @@ class Engine:
         return step
 
     def _constants(self, name: str, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
+        if name in self.stored:
+            return {need: self.stored[name].logp(rows).to(self.dtype) for need in needs}
         model = self.models[name]
         total = rows.row.shape[0]
         out = {need: torch.zeros(total, dtype=self.dtype, device=self.device) for need in needs}
@@ -245,7 +251,7 @@ class Engine:
 
     def _idle_targets(self, plan: StreamPlan) -> None:
         with torch.no_grad():
-            for name in _target_models(plan):
+            for name in self._target_models(plan):
                 self._idle_pass(self.models[name])
 
     def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
@@ -366,7 +372,7 @@ class Engine:
         leaves: dict[str, Linear] = {"policy": Linear(hidden.detach(), *_detached(policy), self.temperature)}
         readings: dict[str, Reading] = {}
         with torch.no_grad():
-            for name in _target_models(plan):
+            for name in self._target_models(plan):
                 model = self.models[name]
                 if name in self.alignments:
                     reading = self.alignments[name].read(rows.tokens, rows.attention, rows.mask)
@@ -374,28 +380,41 @@ class Engine:
                     leaves[name], readings[name] = self._linear(model, event_states(states, reading)), reading
                 else:
                     leaves[name] = self._linear(model, self._event_hidden(model, rows))
-        return policy, [target_rows(t, leaves, self.alignments, readings) for t in plan.targets]
+        return policy, [
+            stored.target(rows)
+            if (stored := self.stored.get(t.handles[0].name))
+            else target_rows(t, leaves, self.alignments, readings)
+            for t in plan.targets
+        ]
+
+    def _target_models(self, plan: StreamPlan) -> list[str]:
+        """The models in memory, beside the policy, whose rows the targets are made of."""
+        names = dict.fromkeys(h.name for t in plan.targets for h in t.handles)
+        return [name for name in names if name != "policy" and name not in self.stored]
 
     def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
         """Row indices of micro-batches: rows of like length together, groups kept whole where asked."""
-        longest = rows.attention.sum(dim=1)
+        length = rows.attention.sum(dim=1)
         if whole_groups:
-            index = rows.group_index
-            units = [(index == g).nonzero()[:, 0] for g in range(rows.groups)]
+            unit = rows.group_index
+            order = unit.argsort(stable=True)
+            # A group is as long as its longest row, and as many rows.
+            longest = torch.zeros(rows.groups, dtype=length.dtype, device=length.device)
+            lengths = longest.scatter_reduce(0, unit, length, "amax").tolist()
+            sizes = unit.bincount(minlength=rows.groups).tolist()
         else:
-            units = list(longest.argsort(stable=True)[:, None])
-        cuts: list[Tensor] = []
-        current: list[Tensor] = []
-        for unit in units:
-            merged = torch.cat([*current, unit])
-            too_many = len(merged) > self.micro_rows if self.micro_rows else False
-            too_long = not self.micro_rows and int(longest[merged].max()) * len(merged) > self.micro_tokens
-            if current and (too_many or too_long):
-                cuts.append(torch.cat(current))
-                current = [unit]
-            else:
-                current.append(unit)
-        return [*cuts, torch.cat(current)] if current else []
+            order = length.argsort(stable=True)
+            lengths, sizes = length[order].tolist(), [1] * len(rows)
+        ends: list[int] = []
+        count = widest = at = 0
+        for size, long in zip(sizes, lengths, strict=True):
+            many, wide = count + size, max(widest, long)
+            too_many = many > self.micro_rows if self.micro_rows else many * wide > self.micro_tokens
+            if count and too_many:
+                ends.append(at)
+                many, wide = size, long
+            count, widest, at = many, wide, at + size
+        return list(order.tensor_split(ends)) if at else []
 
     def _counts(self, views: Mapping[str, View]) -> dict[int, float]:
         """Each term's denominator over the optimiser batch of all processes."""
@@ -474,11 +493,6 @@ def _events_of(rows: Rows, index: Tensor) -> Tensor:
 
 def _detached(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-
-
-def _target_models(plan: StreamPlan) -> list[str]:
-    """The models beside the policy whose rows the targets are made of."""
-    return [n for n in dict.fromkeys(h.name for t in plan.targets for h in t.handles) if n != "policy"]
 
 
 def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from leibler.cache import PREFIX, fingerprint
 from leibler.errors import RunError
 from leibler.train import durable
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
 
 if TYPE_CHECKING:
+    from leibler.cache import TeacherCache
     from leibler.data import Dataset
     from leibler.policy import CausalLM
 
@@ -92,6 +94,9 @@ def exists(text: str) -> bool:
 
 def absolute(text: str) -> str:
     """A path that exists, made absolute, so that a run file means the same from every directory; else the text."""
+    if text.startswith(PREFIX):  # cache:DIR or cache:DIR:tail=...
+        folder, mark, tail = text.removeprefix(PREFIX).partition(":tail=")
+        return PREFIX + absolute(folder) + mark + tail
     return str(Path(text).expanduser().resolve()) if exists(text) else text
 
 
@@ -106,7 +111,7 @@ def _plain(value: Any) -> Any:
     named = getattr(value, "name", None)
     # Records read from a file or made by a task are told by its name; their hash tells whether it makes them again.
     if isinstance(named, str) and (
-        named.startswith(("task:", "corpus:")) or (Path(named).suffix and Path(absolute(named)).is_file())
+        named.startswith(("task:", "corpus:", PREFIX)) or (Path(named).suffix and Path(absolute(named)).is_file())
     ):
         return absolute(named)
     return f"<{type(value).__name__} given in memory>"
@@ -334,18 +339,26 @@ def mapping(value: Any) -> Mapping[str, Any]:
 # ---- identity ----------------------------------------------------------------------------------------------------
 
 
-def identity(data: Mapping[str, Dataset], models: Mapping[str, CausalLM]) -> dict[str, dict[str, str]]:
-    """What a resumed run must find again: the records, and the weights before the first step."""
+def identity(
+    data: Mapping[str, Dataset], models: Mapping[str, CausalLM], stored: Mapping[str, TeacherCache]
+) -> dict[str, dict[str, str]]:
+    """What a resumed run must find again: the records, the weights before the first step, the teacher caches."""
     return {
         "data_hashes": {name: dataset.content_hash for name, dataset in data.items()},
-        "weight_hashes": {name: _fingerprint(model) for name, model in models.items()},
+        "weight_hashes": {name: fingerprint(model) for name, model in models.items()},
+        "cache_hashes": {name: cache.hash for name, cache in stored.items()},
     }
 
 
 def check_identity(out: Path, found: Mapping[str, Mapping[str, str]]) -> None:
     """Refuse to go on with other records or other weights than the run in ``out`` was begun with."""
     written = read_run_file(out)
-    for kind, what in (("data_hashes", "the records of data."), ("weight_hashes", "the weights of the model ")):
+    kinds = {
+        "data_hashes": "the records of data.",
+        "weight_hashes": "the weights of the model ",
+        "cache_hashes": "the contents of the teacher cache of ",
+    }
+    for kind, what in kinds.items():
         for name, before in mapping(written.get(kind)).items():
             if found[kind].get(name) not in (before, None):
                 name = "student" if name == "policy" else name
@@ -353,16 +366,6 @@ def check_identity(out: Path, found: Mapping[str, Mapping[str, str]]) -> None:
                     f"{what}{name} are not those that the run in {out} was begun with; give the same again "
                     "(a model in memory that was trained since is another one)."
                 )
-
-
-def _fingerprint(model: CausalLM) -> str:
-    """A hash of some numbers of every weight: enough to tell two models apart, cheap for large ones."""
-    state = hashlib.sha256()
-    for parameter in model.parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(flat.numel() // 64, 1)].to("cpu", torch.float32)
-        state.update(some.numpy().tobytes())
-    return state.hexdigest()
 
 
 def sentence(differs: Sequence[str], repeats: Any) -> str:

@@ -19,6 +19,7 @@ from leibler.train.options import Options
 from leibler.train.recipe import Recipe
 from leibler.train.run_file import RUN_FILE, check_identity, identity  # noqa: F401
 from leibler.train.run_file import write as write_run_file  # noqa: F401
+from leibler.train.stored import is_stored, opened
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -75,17 +76,21 @@ def load_model(source: Any, options: Options, *, trained: bool, key: str) -> Cau
         raise ModelError(f"{key}={source}: {error}") from error
 
 
-def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options) -> dict[str, CausalLM]:
-    """The models beside the student, by name; one that the recipe does not read is not loaded."""
+def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The models beside the student, or their teacher caches, by name; one that the recipe does not read stays out."""
     read = {n for name, rule in recipe.models.items() if not isinstance(rule, Trained) for n in (name, rule.source)}
     for name in models:
         if name not in read:
             known = ", ".join(sorted(read - {"initial"})) or "none"
             raise ModelError(f"models.{name} is not used by this recipe, which reads: {known}; leave it out.")
-    given = {name: load_model(m, options, trained=False, key=f"models.{name}") for name, m in models.items()}
+    given = {name: _load(m, options, f"models.{name}") for name, m in models.items()}
     if teacher is not None and "teacher" in read:
-        given["teacher"] = load_model(teacher, options, trained=False, key="teacher")
+        given["teacher"] = _load(teacher, options, "teacher")
     return given
+
+
+def _load(given: Any, options: Options, key: str) -> Any:
+    return opened(given) if is_stored(given) else load_model(given, options, trained=False, key=key)
 
 
 def max_length(policy: CausalLM) -> int:

@@ -1,0 +1,114 @@
+"""Models of a run that are only known by what a teacher cache holds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from leibler.cache import PREFIX, TeacherCache
+from leibler.errors import RecipeError
+from leibler.objective.needs import LogProb, Need, TokenDivergence
+from leibler.objective.objective import walk
+from leibler.objective.targets import Handle
+from leibler.objective.terms import Term
+from leibler.train.models import ModelRule, Trained
+from leibler.train.sources import Mixture, Source
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset
+    from leibler.policy import CausalLM
+    from leibler.train.recipe import Recipe
+
+
+def is_stored(given: Any) -> bool:
+    """Whether a model was given as a teacher cache, or by the name of one."""
+    return isinstance(given, TeacherCache) or (isinstance(given, str) and given.startswith(PREFIX))
+
+
+def opened(given: TeacherCache | str) -> TeacherCache:
+    """The cache itself."""
+    return given if isinstance(given, TeacherCache) else TeacherCache.of(given)
+
+
+def stored_models(rules: Mapping[str, ModelRule], given: Mapping[str, Any]) -> dict[str, TeacherCache]:
+    """The models of a recipe that caches stand for, by their names in the recipe."""
+    found = {}
+    for name, rule in rules.items():
+        source = given.get(name if name in given else rule.source)
+        if isinstance(source, TeacherCache) and not isinstance(rule, Trained):
+            found[name] = source
+    return found
+
+
+def check(
+    recipe: Recipe,
+    stored: Mapping[str, TeacherCache],
+    policy: CausalLM,
+    data: Mapping[str, Dataset],
+    temperature: float,
+) -> None:
+    """Whatever a cache cannot give is refused before the first step.
+
+    A cache knows a model's law at the texts it was made of, on the top k entries and the rest together: so it serves a
+    divergence to that model itself, and the log-probs of the texts' own tokens. It has no weights, no law at new texts
+    and no entries that could be combined with another model's or tempered.
+
+    Raises:
+        RecipeError: the recipe asks for something else.
+        LeiblerError: tokenizer, temperature or data are not those of the cache.
+    """
+    for name, cache in stored.items():
+        if recipe.models[name].moves:
+            raise RecipeError(
+                f"the weights of {name!r} change during the run ({type(recipe.models[name]).__name__}), and a teacher "
+                f"cache has none; give {name} as a model."
+            )
+        if Handle(name) in recipe.source.handles():
+            raise RecipeError(
+                f"responses are sampled from {name!r}, and a teacher cache cannot be sampled from; {_LIVE}"
+            )
+        cache.check_model(policy)
+        cache.check_temperature(temperature)
+    fresh, read = _fresh(recipe.source), recipe.source.stream_data()
+    for term in recipe.objective.terms:
+        for need in _needs(term):
+            names = _names(need) & stored.keys()
+            if not names:
+                continue
+            name = min(names)
+            if isinstance(need, TokenDivergence) and need.to != Handle(name):
+                raise RecipeError(
+                    f"{term.name} compares with an expression over {name!r} ({type(need.to).__name__}), which the "
+                    f"top-k log-probs of a teacher cache do not tell; match {name} itself, or give it as a model."
+                )
+            assert term.on is not None
+            if term.on in fresh:
+                raise RecipeError(
+                    f"{term.name} reads {name!r} at responses that are sampled during the run, which no teacher cache "
+                    "can know; train on the texts that were cached (recipe.source=Data(); `leibler cache --student` "
+                    f"samples and caches a student's own), or give {name} as a model."
+                )
+            for source in read[term.on]:
+                stored[name].check_data(data[source], policy)
+
+
+_LIVE = "give the model itself, or train on texts that it wrote before."
+
+
+def _fresh(source: Source) -> set[str]:
+    """The streams whose texts are new."""
+    if isinstance(source, Mixture):
+        return {name for name, part in source.sources if part.handles()}
+    return set(source.streams()) if source.handles() else set()
+
+
+def _needs(term: Term) -> Iterator[Need]:
+    yield from term.needs()
+    for signal, _ in walk(term):
+        yield from signal.needs()
+
+
+def _names(need: Need) -> set[str]:
+    if isinstance(need, LogProb):
+        return {need.of.name}
+    return {h.name for h in need.to.handles} if isinstance(need, TokenDivergence) else set()
