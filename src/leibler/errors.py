@@ -9,10 +9,11 @@ class LeiblerError(Exception):
     The command line prints the message as one sentence and exits with status 2; the library raises it as it is.
 
     Attributes:
-        elsewhere: True where another process of the same run met the error, and says it.
+        elsewhere: in a run of several processes, True where another of them says it, False where this one does, None
+            where they have not agreed.
     """
 
-    elsewhere: bool = False
+    elsewhere: bool | None = None
 
 
 class RecipeError(LeiblerError):

@@ -24,7 +24,7 @@ from leibler.objective import (
     concatenate,
 )
 from leibler.policy import logprobs
-from leibler.train import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Score
+from leibler.train import Adaptive, Context, Data, Mixture, MuteEqual, OnPolicy, RaiseOnWorse, Sampled, Score
 from leibler.train.sources import Source, _pack, _unpack
 from train.conformance import TEMPERATURE, reward, tiny
 
@@ -173,9 +173,13 @@ def test_processes_share_out_the_groups_of_one_draw(models, source: Source):
     assert together.groups == whole["main"].groups
 
 
-def test_a_batch_too_small_to_share(models):
-    with pytest.raises(DataError, match="a batch of 2 groups cannot be shared by 3 processes; raise batch_size"):
-        OnPolicy(4).draw(context(models, rank=2, world=3), {})
+def test_more_processes_than_groups_leave_an_empty_share(models):
+    source = OnPolicy(4) >> Score(lambda records, texts: [1.0 for _ in texts]) >> MuteEqual()
+    shares = [source.draw(context(models, rank=r, world=3), {})[0]["main"] for r in range(3)]
+    assert [len(rows) for rows in shares] == [4, 4, 0]
+    assert all({"reward", "behaviour_logp"} <= set(rows.columns) for rows in shares)
+    assert shares[2].groups == 0
+    assert len(concatenate([shares[0], shares[2]])) == 4
 
 
 def test_a_limit_and_a_size_of_its_own(models):

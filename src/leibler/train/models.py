@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from leibler.errors import ModelError
+from leibler.train.sharding import reshard
 
 if TYPE_CHECKING:
     from leibler.policy import CausalLM
@@ -103,6 +104,7 @@ class Trained(ModelRule):
 
 
 def _interpolate(model: nn.Module, policy: nn.Module, rate: float) -> None:
+    reshard(model, policy)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), policy.parameters(), strict=True):
             if rate == 1.0:

@@ -52,9 +52,14 @@ class Processes:
         from accelerate import Accelerator
 
         sharding = _sharding()
+        # Where the option was left alone, Accelerate's own configuration counts.
+        set_there = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        started = int(os.environ.get("WORLD_SIZE", "1"))
         try:
             accelerator = Accelerator(
-                mixed_precision=options.mixed_precision,
+                # Without it, processes on a machine without devices would not know of each other.
+                cpu=started > 1 and not torch.accelerator.is_available(),
+                mixed_precision=set_there if options.mixed_precision == "no" else options.mixed_precision,
                 log_with="tensorboard" if options.tensorboard else None,
                 project_dir=str(out),
             )
@@ -63,6 +68,11 @@ class Processes:
                 f"mixed_precision={options.mixed_precision} cannot be set ({str(error).split(', ')[0]}); it holds for "
                 "a whole Python process, so start a new one."
             ) from error
+        if accelerator.num_processes != started:
+            raise RunError(
+                f"{started} processes were started but Accelerate found {accelerator.num_processes}; start as many as "
+                "there are devices, or set ACCELERATE_USE_CPU=1 to run on the CPU."
+            )
         alone = not torch.distributed.is_initialized()
         return cls(accelerator, None if alone else sharding)
 
@@ -139,11 +149,20 @@ class Processes:
                 error.elsewhere = first != self.rank
         return every
 
+    def agreed(self, error: LeiblerError) -> LeiblerError:
+        """An error that all processes meet at once: the first says it."""
+        error.elsewhere = not self.main
+        return error
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Inside the block, a process that is gone ends this one with a sentence about it."""
         try:
             yield
+        except LeiblerError as error:
+            # Met in the middle of a step, perhaps here alone.
+            error.elsewhere = bool(error.elsewhere)
+            raise
         except RuntimeError as error:
             if self.world == 1 or not _lost(error):
                 raise
@@ -198,8 +217,14 @@ class Processes:
 
 
 def is_main() -> bool:
-    """True for the one process that prints, also before a run has begun."""
+    """True for the one process that prints, also before and after a run."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _sharding() -> Sharding | None:

@@ -65,6 +65,7 @@ class Sharding:
         one = torch.ones(1, 1, dtype=torch.long, device=device)
         with torch.no_grad():
             model(one, one.bool())
+        reshard(model)
 
     @contextmanager
     def whole(self, *models: nn.Module) -> Iterator[None]:
@@ -77,10 +78,17 @@ class Sharding:
         try:
             yield
         finally:
+            reshard(*roots)
             for root in roots:
                 for unit in _units(root):
-                    unit.reshard()
                     unit.set_reshard_after_forward(unit is not root and self.reshard_after_forward, recurse=False)
+
+
+def reshard(*models: nn.Module) -> None:
+    """See to it that the models' parameters are shares: after a pass without gradient the outer ones are still whole."""
+    for model in models:
+        for unit in _units(model):
+            unit.reshard()
 
 
 def _is_sharded(module: nn.Module) -> bool:

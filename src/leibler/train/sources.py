@@ -62,9 +62,7 @@ class Context:
         return self.data[name]
 
     def share(self, n: int) -> range:
-        """The part of ``n`` whole groups that this process works on."""
-        if n < self.world:
-            raise DataError(f"a batch of {n} groups cannot be shared by {self.world} processes; raise batch_size.")
+        """The part of ``n`` whole groups that this process works on; empty where there are fewer than processes."""
         return range(self.rank, n, self.world)
 
 
@@ -205,6 +203,10 @@ def _rows(
 ) -> Rows:
     from leibler.policy import right_pad
 
+    if not items:
+        none = torch.zeros(0, dtype=torch.long)
+        empty = torch.zeros(0, 1, dtype=torch.bool)
+        return Rows(none[:, None], empty, empty[:, :0], none, none)
     longest = max(len(p) + len(c) for p, c in items)
     if longest > context.max_length:
         where = next(r.source for (p, c), r in zip(items, records, strict=True) if len(p) + len(c) == longest)
@@ -280,7 +282,9 @@ class OnPolicy(Source):
         else:
             # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
             table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, longest)
-            picks = torch.tensor([i * self.group_size + g for i in mine for g in range(self.group_size)])
+            picks = torch.tensor(
+                [i * self.group_size + g for i in mine for g in range(self.group_size)], dtype=torch.long
+            )
             law = _sampling_law(self.sampler, context)
             out = sample(law, prompts, uniforms=table[picks], temperature=temperature, group_size=self.group_size)
         completions = [t[m].tolist() for t, m in zip(out.tokens, out.mask, strict=True)]
