@@ -14,6 +14,7 @@ from leibler.data.tasks import TASKS, Task
 from leibler.errors import DataError
 
 DEFAULT_N = 1000
+MOST_CHARACTERS = 1000
 CORPORA: dict[str, Callable[..., Dataset]] = {"stdlib": stdlib}
 
 
@@ -39,6 +40,8 @@ def make(spec: str, limit: int | None = None) -> Dataset:
         leibler.errors.DataError: there is no task 'adition' in 'task:adition' (did you mean 'addition'?); the tasks \
 are addition, countdown, brackets.
     """
+    if len(spec) > MOST_CHARACTERS:
+        raise DataError(f"{spec[:60]!r}... has {len(spec):,} characters; write it shorter.")
     family, _, rest = spec.partition(":")
     name, _, text = rest.partition(":")
     known: Iterable[str] = TASKS if family == "task" else CORPORA
