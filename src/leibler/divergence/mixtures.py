@@ -14,20 +14,25 @@ from leibler.divergence.base import Divergence
 from leibler.divergence.generators import bounded_exp, log_mix
 from leibler.divergence.kl import ForwardKL, ReverseKL
 from leibler.divergence.pair import EXTREME, pair, vecdot
-from leibler.divergence.rows import LN2, LOG2E, Row
+from leibler.divergence.rows import LN2, Row
 from leibler.errors import RecipeError
 
 TINY = 2.0**-100
-"""Floor of the mixture's probability: an entry below it contributes nothing, and log2 of denormals is slow."""
+"""Floor of a mixture's probability where its logarithm is taken: logarithms of denormals are slow."""
+FAR = 100.0
+"""Base-2 log-ratios are cut off here: beyond, the smaller probability adds nothing to the mixture or to the sum."""
 SMALL = 0.01
 """Below this many nats a row is computed again from log-ratios. The logarithms of probabilities leave an absolute error
 of about 1e-6 in float32, whatever the value; the log-ratios cost as much again, so only close rows pay for them."""
 
 
-def _mixture(model: Row, target: Row, target_share: float) -> Float[Tensor, "rows vocab"]:
-    """``m = (1 - target_share) p + target_share q``."""
-    mixture = model.weights * ((1.0 - target_share) / model.total)
-    return mixture.addcmul_(target.weights, target_share / target.total).clamp_(min=TINY)
+def _tilt(first: Row, second: Row, share: float) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "rows vocab"]]:
+    """``x = log2(b / a)`` and ``y = m / a - 1`` for rows a, b and ``m = (1 - share) a + share b``.
+
+    Ratios rather than probabilities: log1p(y) takes half the time of the logarithm of m, and is more accurate.
+    """
+    x = (second.logits - first.logits).add_(first.normaliser - second.normaliser).clamp_(-FAR, FAR)
+    return x, torch.exp2(x).sub_(1.0).mul_(share)
 
 
 def _close(plain: Float[Tensor, " rows"]) -> Int[Tensor, " close"] | None:
@@ -36,11 +41,18 @@ def _close(plain: Float[Tensor, " rows"]) -> Int[Tensor, " close"] | None:
 
 
 def _add_centred(
-    grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, k: Float[Tensor, "rows vocab"]
+    grad: Tensor,
+    coefficient: Float[Tensor, "rows 1"],
+    model: Row,
+    k: Float[Tensor, "rows vocab"],
+    mean: Float[Tensor, "rows 1"],
 ) -> None:
     """Add ``coefficient * p * (k - E_p k)``: the logit gradient of a functional with h = p * (k + const)."""
-    weighted = (k - vecdot(model.weights, k) / model.total).mul_(model.weights)
-    grad.addcmul_(weighted, coefficient / model.total)
+    grad.addcmul_((k - mean).mul_(model.weights), coefficient / model.total)
+
+
+def _mean(row: Row, k: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
+    return vecdot(row.weights, k) / row.total
 
 
 @dataclass(frozen=True)
@@ -72,28 +84,27 @@ class JensenShannon(Divergence):
 
     def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
         beta = self.beta
-        z = _mixture(model, target, beta).log2_()
-        of_model = model.logits - z
-        of_target = torch.sub(target.logits, z, out=z)
-        p_part = vecdot(model.weights, of_model) / model.total - model.normaliser
-        q_part = vecdot(target.weights, of_target) / target.total - target.normaliser
-        values = (p_part.mul_(1.0 - beta).add_(q_part, alpha=beta)).squeeze(-1) * LN2
+        x, y = _tilt(model, target, beta)
+        log_m_p = y.log1p_()
+        mean = _mean(model, log_m_p)
+        log_m_q = torch.sub(log_m_p, x, alpha=LN2, out=x)
+        values = (mean * (beta - 1.0)).sub_(_mean(target, log_m_q), alpha=beta).squeeze(-1)
         index = _close(values)
         if index is not None:
             x = pair(model, target).log_ratio[index].clamp_(-EXTREME, EXTREME)
-            log_m_p = torch.log1p(torch.expm1(-x).mul_(beta))
-            p_part = vecdot(model.weights[index], log_m_p) / model.total[index]
-            q_part = vecdot(target.weights[index], x.add_(log_m_p)) / target.total[index]
-            close = p_part.mul_(beta - 1.0).sub_(q_part, alpha=beta).squeeze(-1)
+            close = torch.log1p(torch.expm1(-x).mul_(beta))
+            p_part = vecdot(model.weights[index], close) / model.total[index]
+            q_part = vecdot(target.weights[index], x.add_(close)) / target.total[index]
+            log_m_p[index], mean[index] = close, p_part
+            close = (p_part * (beta - 1.0)).sub_(q_part, alpha=beta).squeeze(-1)
             values = values.index_copy(0, index, close.clamp_(min=0.0).abs_())  # abs: no -0.0 for identical rows
-            of_model[index] = log_m_p.mul_(-LOG2E)
-        return values, of_model
+        return values, (log_m_p, mean)
 
     def _add_gradient(
         self, grad: Tensor, coefficient: Float[Tensor, "rows 1"], model: Row, target: Row, saved: Any
     ) -> None:
         # h = (1 - beta) p log(p / m): what passes through m cancels between the two KLs.
-        _add_centred(grad, coefficient * ((1.0 - self.beta) * LN2), model, saved)
+        _add_centred(grad, coefficient * (self.beta - 1.0), model, *saved)
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         # In terms of log w and of log(w / u), each of them bounded on one side, so that no large terms cancel.
@@ -147,10 +158,9 @@ class SkewForwardKL(Divergence):
         if self.lam == 0.0:
             return ForwardKL()._value(model, target)
         share = 1.0 - self.lam
-        mixture = _mixture(model, target, self.lam)
-        ratio = target.weights / target.total / mixture
-        surprise = torch.sub(target.logits, mixture.log2_(), out=mixture)
-        values = (vecdot(target.weights, surprise) / target.total - target.normaliser).squeeze(-1) * LN2
+        x, y = _tilt(target, model, share)
+        ratio = torch.add(y, 1.0, out=x).reciprocal_()
+        values = _mean(target, y.log1p_()).neg_().squeeze(-1)
         index = _close(values)
         if index is not None:
             x = pair(model, target).log_ratio[index]
@@ -165,7 +175,7 @@ class SkewForwardKL(Divergence):
         if self.lam == 0.0:
             ForwardKL()._add_gradient(grad, coefficient, model, target, saved)
             return
-        _add_centred(grad, coefficient * (self.lam - 1.0), model, saved)
+        _add_centred(grad, coefficient * (self.lam - 1.0), model, saved, _mean(model, saved))
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         return ForwardKL().f(log_u) if self.lam == 0.0 else -log_mix(log_u, self.lam, 1.0 - self.lam)
@@ -212,12 +222,12 @@ class SkewReverseKL(Divergence):
         if self.lam == 0.0:
             return ReverseKL()._value(model, target)
         lam, share = self.lam, 1.0 - self.lam
-        mixture = _mixture(model, target, share)
-        ratio = model.weights / model.total / mixture
-        surprise = torch.sub(model.logits, mixture.log2_(), out=mixture)
-        values = (vecdot(model.weights, surprise) / model.total - model.normaliser).squeeze(-1) * LN2
+        x, y = _tilt(model, target, share)
+        ratio = torch.add(y, 1.0, out=x).reciprocal_()
+        log_m_p = y.log1p_()
+        values = _mean(model, log_m_p).neg_().squeeze(-1)
         # h = p (log(p / m) + 1 - lam p / m); constants cancel in the gradient.
-        k = surprise.mul_(LN2).sub_(ratio, alpha=lam)
+        k = ratio.mul_(-lam).sub_(log_m_p)
         index = _close(values)
         if index is not None:
             x = pair(model, target).log_ratio[index].neg_()
@@ -232,7 +242,7 @@ class SkewReverseKL(Divergence):
         if self.lam == 0.0:
             ReverseKL()._add_gradient(grad, coefficient, model, target, saved)
             return
-        _add_centred(grad, coefficient, model, saved)
+        _add_centred(grad, coefficient, model, saved, _mean(model, saved))
 
     def f(self, log_u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         if self.lam == 0.0:

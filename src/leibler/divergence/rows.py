@@ -29,10 +29,13 @@ class Row:
 
     Args:
         logits: ``[rows, vocab]`` base-2 logits (natural logits times ``LOG2E``), with ``FLOOR`` in place of -inf.
+        whole: nothing is excluded, as the caller knows: spares looking for it.
     """
 
-    def __init__(self, logits: Float[Tensor, "rows vocab"]) -> None:
+    def __init__(self, logits: Float[Tensor, "rows vocab"], *, whole: bool = False) -> None:
         self.logits = logits
+        if whole:
+            self.support = None
         self.pairs: dict[int, Any] = {}
 
     @cached_property

@@ -100,9 +100,11 @@ class Side:
         self.block = block
         self.bias: Float[Tensor, " vocab"] | None = None
         self.outside: Tensor | None = None
+        self.whole = True
         if head.bias is not None:
             bias = head.bias.detach()[:vocab].to(block)
             self.bias = (bias * (LOG2E / head.temperature)).clamp_(min=FLOOR)
+            self.whole = bool((self.bias > OUTSIDE).all())
             outside = bias == -torch.inf
             self.outside = outside if bool(outside.any()) else None
         self.logits = zeros((chunk, vocab), dtype, self.weight.device)
@@ -123,7 +125,7 @@ class Side:
             logits = self.wide[: stop - start].copy_(logits).mul_(LOG2E / self.temperature)
         if self.bias is not None:
             logits += self.bias
-        return Row(logits)
+        return Row(logits, whole=self.whole)
 
 
 class Mixed:
