@@ -307,7 +307,8 @@ class _Trainer:
             gather=self.processes.gather,
             rollouts=self.rollouts,
         )
-        sampled = {"policy" if h.name == "old" else h.name for h in self.recipe.source.handles()}
+        # No set: all processes must gather the models in one order.
+        sampled = dict.fromkeys("policy" if h.name == "old" else h.name for h in self.recipe.source.handles())
         with self.processes.whole(*(self.models[name] for name in sampled)):
             drawn, self.source_state = self.recipe.source.draw(context, self.source_state)
         self.draw += 1
@@ -484,6 +485,8 @@ class _Trainer:
             self.journal.cut({})
             return
         differs = environment.difference(self._restore(path), self._environment())
+        if self.main:
+            checkpoint.tidy(path.parent, self.step, self.options.keep)
         if differs:
             self._say(differs)
 

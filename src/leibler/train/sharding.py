@@ -85,7 +85,7 @@ class Sharding:
 
 
 def reshard(*models: nn.Module) -> None:
-    """See to it that the models' parameters are shares: after a pass without gradient the outer ones are still whole."""
+    """Leave only shares: after a pass without gradient the parameters outside the layers are still whole."""
     for model in models:
         for unit in _units(model):
             unit.reshard()
