@@ -15,14 +15,17 @@ from leibler.claims import policy as pol
 from leibler.claims import preference as pref
 from leibler.claims import small_models as small
 from leibler.claims import targets as tg
+from leibler.claims import theory as th
 from leibler.divergence import AdaptiveKL, ForwardKL, Jeffreys, JensenShannon, ReverseKL
 from leibler.errors import RecipeError
 from leibler.estimate import K3
 from leibler.objective import (
     AgainstHardest,
     Clip,
+    Column,
     Fit,
     Hinge,
+    Imitate,
     ImplicitReward,
     Logistic,
     Match,
@@ -186,6 +189,40 @@ BROKEN = [
     case(tg.dpkd_moves_first_choices_only, "dpkd", "labels", share=0.5),
     case(tg.dpkd_copies_first_choices_not_laws, "dpkd", "forward", with_(Match, divergence=ForwardKL())),
     case(tg.dpkd_copies_first_choices_not_laws, "dpkd", "sign", flipped()),
+    # paced
+    case(th.paced_weighs_by_competence, "paced", "sign", flipped()),
+    case(th.paced_weighs_by_competence, "paced", "unweighted", with_(Match, weight=1.0)),
+    case(th.paced_weighs_by_competence, "paced", "by-rate", with_(Match, weight=Column("pass_rate"))),
+    case(th.paced_weighs_by_competence, "paced", "reverse", with_(Match, divergence=ReverseKL())),
+    case(th.paced_turns_from_forward_to_reverse, "paced", "never", turn=None),
+    case(th.paced_turns_from_forward_to_reverse, "paced", "early", turn=5),
+    # recursive-meta-distillation
+    case(th.generations_are_drawn_to_the_teacher, "recursive-meta-distillation", "no-anchor", anchor=0.0),
+    case(th.generations_are_drawn_to_the_teacher, "recursive-meta-distillation", "geometric", geometric=True),
+    case(
+        th.generations_are_drawn_to_the_teacher,
+        "recursive-meta-distillation",
+        "reverse-roles",
+        with_(Match, to=Teacher()),
+    ),
+    case(th.generations_contract, "recursive-meta-distillation", "no-anchor", anchor=0.0),
+    case(th.generations_contract, "recursive-meta-distillation", "always-anchored", anchor=0.4),
+    # transfer-limits
+    case(
+        th.transfer_copies_what_it_was_shown, "transfer-limits", "likelihood", lambda r: replace(r, objective=Imitate())
+    ),
+    case(
+        th.transfer_copies_what_it_was_shown,
+        "transfer-limits",
+        "nothing",
+        with_(Fit, target=Column("label_logp", reach="token") + Column("label_logp", reach="token")),
+    ),
+    case(
+        th.transfer_is_faster_with_probabilities,
+        "transfer-limits",
+        "likelihood",
+        lambda r: replace(r, objective=Imitate()),
+    ),
     # ppo
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "sign", flipped(PolicyGradient)),
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "without", without(PolicyGradient)),

@@ -16,7 +16,8 @@ from prepare import prepare
 DOCS = ROOT / "docs"
 PAGES = ("index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory")
 PACKAGES = (
-    "divergence", "fused", "estimate", "objective", "policy", "data", "train", "recipes", "measure", "claims",
+    "divergence", "fused", "estimate", "objective", "policy", "data", "train", "recipes", "measure", "theory",
+    "claims",
 )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from leibler.claims.simplex import minimise
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errata.md"
 
 
@@ -209,3 +211,13 @@ def test_every_test_of_an_erratum_stands_on_the_page_and_every_entry_has_its_fou
     for section in sections:
         for part in ("**Claim.**", "**In truth.**", "**Consequence.**", "**Shown by.**"):
             assert part in section, f"{section.splitlines()[0]!r} lacks {part}"
+
+
+def test_likelihood_weighted_by_the_label_probability_learns_the_squared_teacher():
+    """At the expected counts n q, descending -sum n q * q log p ends at q^2 / sum q^2; the plain likelihood at q."""
+    q = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+    squared = q**2 / (q**2).sum()
+    for weight, expected in ((q, squared), (torch.ones_like(q), q)):
+        found = minimise(lambda z, w=weight: -(q * w * z.log_softmax(-1)).sum(), torch.zeros(4)).softmax(-1)
+        assert torch.allclose(found, expected, atol=1e-6)
+    assert float((squared - q).abs().sum()) / 2 > 0.1

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from leibler.objective import AdaptiveKL, Hinge, Linear, StepEnd, Validation
+from leibler.objective import AdaptiveKL, Hinge, Linear, StepEnd, Switch, Validation
 from objective.made import rows, view
 
 
@@ -19,6 +19,11 @@ def test_linear(step, expected):
 
 def test_linear_without_steps_is_its_end():
     assert float(Linear(2.0, 1.0, steps=0)(view(rows([1])).at(1, {}))) == 1.0
+
+
+def test_a_switch_turns_at_its_step():
+    seen = [float(Switch(2.0, 0.5, at=3)(view(rows([1])).at(step, {}))) for step in (0, 2, 3, 4)]
+    assert seen == [2.0, 2.0, 0.5, 0.5]
 
 
 def heard(kl: float, sequences: float = 100.0) -> StepEnd:

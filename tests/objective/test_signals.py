@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from leibler.divergence import ForwardKL, ReverseKL
 from leibler.errors import RecipeError
 from leibler.objective import (
+    BetaKernel,
     AdaptiveKL,
     Behaviour,
     Clipped,
@@ -273,3 +274,14 @@ def test_controllers_inside_a_chain_are_parts_of_it():
     advantage = Reward() >> InReward(Reference(), controller) >> Whitened()
     assert controller in advantage.first.parts()  # type: ignore[attr-defined]
     assert Returns(advantage).parts() == (advantage,)
+
+
+def test_a_beta_kernel_has_mean_one_over_even_pass_rates_and_its_peak_in_between():
+    rate = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    for a, b in ((1.0, 1.0), (2.0, 0.5), (0.0, 0.0)):
+        value = BetaKernel(a, b)(view(rows([1])), rate, "sequence")
+        assert float(torch.trapezoid(value, rate)) == pytest.approx(1.0, abs=1e-4)
+        if a + b:
+            assert float(rate[value.argmax()]) == pytest.approx(a / (a + b), abs=1e-3)
+    with pytest.raises(RecipeError, match="exponents of at least 0"):
+        BetaKernel(-1.0)

@@ -81,9 +81,9 @@ def judge(record: Record, a: str, b: str) -> float:
 def records() -> list[Record]:
     made = []
     for i, prompt in enumerate(["9=", "1+2=", "12+34=", "5+5+5=", "7=", "8+1="]):
-        made.append(
-            Record(prompt, completion="123456789"[: 1 + i], chosen="98765"[: 2 + i % 3], rejected="13579"[: 1 + i % 4])
-        )
+        given: dict[str, Any] = {"pass_rate": i / 5, "label_logp": [-(1 + k % 3) / 2 for k in range(i + 2)]}
+        texts = {"completion": "123456789"[: 1 + i], "chosen": "98765"[: 2 + i % 3], "rejected": "13579"[: 1 + i % 4]}
+        made.append(Record(prompt, **texts, extra=given))
     return made
 
 

@@ -229,6 +229,28 @@ def dpkd(t: dict[str, Table], beta: float = 1.0, share: float = 0.5) -> Tensor:
     return share * main.mean(preferred) - (1 - share) * main.mean(main.taken(p))
 
 
+def paced(t: dict[str, Table], a: float = 1.0, b: float = 1.0, turn: int | None = None) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    rate = main.rows.columns["pass_rate"].double()[:, None]
+    even = math.gamma(a + 1) * math.gamma(b + 1) / math.gamma(a + b + 2)
+    late = turn is not None and turn <= STEP
+    return main.mean(rate**a * (1 - rate) ** b / even * (kl(p, q) if late else kl(q, p)))
+
+
+def recursive_meta_distillation(t: dict[str, Table], anchor: float = 0.5, geometric: bool = False) -> Tensor:
+    main = t["main"]
+    p = main.law(main.made.policy)
+    teacher, previous = (main.law(main.made.models[n]).detach() for n in ("teacher", "previous"))
+    mixed = anchor * teacher + (1 - anchor) * previous
+    return main.mean(kl(mixed.log_softmax(-1) if geometric else mixture(teacher, previous, anchor), p))
+
+
+def transfer_limits(t: dict[str, Table]) -> Tensor:
+    main = t["main"]
+    return main.mean(0.5 * (main.logp("policy") - main.rows.columns["label_logp"].double()) ** 2)
+
+
 def ppo(
     t: dict[str, Table], clip: float = 0.2, decay: float = 0.95, initial: float = 0.1, value_coefficient: float = 0.5,
     minibatches: int = 4, epochs: int = 4,
@@ -324,7 +346,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "kdrl": kdrl, "g-opd": g_opd,
     "rlad": rlad,
     "delta-kd": delta_kd,
-    "dpkd": dpkd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
+    "dpkd": dpkd,
+    "paced": paced,
+    "recursive-meta-distillation": recursive_meta_distillation,
+    "transfer-limits": transfer_limits, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
 }  # fmt: skip
 
 

@@ -293,3 +293,35 @@ def test_sampled_names_its_model():
     assert source.handles() == (Teacher(),)
     assert source.streams()["main"].law == Teacher()
     assert replace(source, group_size=2).group_size == 2
+
+
+# ---- columns of data ---------------------------------------------------------------------------------------------
+
+
+def _with(values: list[Any]) -> Dataset:
+    return Dataset(tuple(Record("1+", completion="12"[: 1 + i], source=f"f:{i + 1}", extra={"x": v}) for i, v in enumerate(values)), "x")  # fmt: skip
+
+
+def test_columns_of_the_data_become_columns_of_the_batch(models):
+    one, _ = Data(rows=2, columns=("x",)).draw(context(models, data={"train": _with([0.25, 1])}), {})
+    assert sorted(one["main"].columns["x"].tolist()) == [0.25, 1.0]
+    each, _ = Data(rows=2, columns=("x",)).draw(context(models, data={"train": _with([[1, 2], [3, 4, 5]])}), {})
+    rows = each["main"]
+    found = {t: rows.columns["x"][i][rows.mask[i]].tolist() for i, t in enumerate(rows.texts)}
+    assert found == {"1": [1.0, 2.0], "12": [3.0, 4.0, 5.0]}
+    assert (rows.columns["x"][~rows.mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, None], r"'x' of f:2 is None; give a number"),
+        ([0.5, "much"], r"'x' of f:2 is 'much'"),
+        ([True, 1.0], r"'x' of f:1 is True"),
+        ([[1, 2], [3, 4]], r"'x' of f:2 has 2 numbers for 3 tokens \(the end token included\)"),
+        ([0.5, [1, 2, 3]], r"numbers in some rows and lists in others"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_named_with_its_row(models, values, message):
+    with pytest.raises(DataError, match=message):
+        Data(rows=2, columns=("x",)).draw(context(models, data={"train": _with(values)}), {})

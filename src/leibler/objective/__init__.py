@@ -14,8 +14,9 @@ from leibler.objective.preference import (
 )
 from leibler.objective.reduce import SequenceMean, TokenMean
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, View, concatenate
-from leibler.objective.schedules import AdaptiveKL, Hinge, Linear
+from leibler.objective.schedules import AdaptiveKL, Hinge, Linear, Switch
 from leibler.objective.signals import (
+    BetaKernel,
     Chain,
     Clipped,
     Column,
@@ -68,6 +69,7 @@ __all__ = [
     "AgainstHardest",
     "Arithmetic",
     "Behaviour",
+    "BetaKernel",
     "Chain",
     "Clip",
     "Clipped",
@@ -112,6 +114,7 @@ __all__ = [
     "Squared",
     "SquaredError",
     "StepEnd",
+    "Switch",
     "Target",
     "Teacher",
     "Tempered",

@@ -29,6 +29,21 @@ class Linear(Signal):
 
 
 @dataclass(frozen=True)
+class Switch(Signal):
+    """``before`` until optimiser step ``at``, ``after`` from then on."""
+
+    before: float
+    after: float
+    at: int
+    reach: ClassVar[Reach] = "batch"  # type: ignore[misc]
+    clock: ClassVar[Clock] = "previous"  # type: ignore[misc]
+
+    def __call__(self, view: View) -> Tensor:
+        value = self.before if view.step < self.at else self.after
+        return torch.tensor(float(value), device=view.rows.tokens.device)
+
+
+@dataclass(frozen=True)
 class AdaptiveKL(Signal):
     """A proportional controller of a KL coefficient.
 

@@ -8,6 +8,7 @@ measured). Signals compose with ``+ - * ~`` and chain with ``>>``, which hands t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -353,6 +354,30 @@ class Clipped(Shaper):
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         return value.clamp(-self.bound, self.bound)
+
+
+@dataclass(frozen=True)
+class BetaKernel(Shaper):
+    """``p^a (1 - p)^b`` of a pass rate p, over its mean for pass rates spread evenly over [0, 1].
+
+    Greatest at ``a / (a + b)``: problems that are sometimes solved. ``a = b = 0`` is the constant 1. Source: PACED:
+    Distillation at the Frontier of Student Competence (2026).
+
+    Raises:
+        RecipeError: an exponent is negative.
+    """
+
+    a: float = 1.0
+    b: float = 1.0
+    elementwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.a < 0 or self.b < 0:
+            raise RecipeError(f"BetaKernel(a={self.a}, b={self.b}) must have exponents of at least 0.")
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        mean = math.exp(math.lgamma(self.a + 1) + math.lgamma(self.b + 1) - math.lgamma(self.a + self.b + 2))
+        return value.clamp(0, 1) ** self.a * (1 - value.clamp(0, 1)) ** self.b / mean
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ from leibler.estimate import K2
 from leibler.objective import (
     Arithmetic,
     Behaviour,
+    BetaKernel,
     Clip,
+    Column,
+    Fit,
     GroupAny,
     GroupNormalised,
     Imitate,
     Importance,
     Linear,
     LogLinear,
+    LogProb,
     LogRatio,
     Match,
     Model,
@@ -27,12 +31,14 @@ from leibler.objective import (
     Reference,
     Reward,
     Signal,
+    SquaredError,
+    Switch,
     Teacher,
     Term,
     ToGo,
     Whitened,
 )
-from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score, Source
+from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score, Snapshot, Source
 
 
 def sft() -> Recipe:
@@ -215,4 +221,57 @@ def dpkd(beta: float = 1.0, share: float = 0.5) -> Recipe:
     return Recipe(
         Data(),
         Objective(Match(ArgmaxMargin(beta), to=Teacher(), coefficient=share), Imitate(coefficient=1 - share)),
+    )
+
+
+def paced(a: float = 1.0, b: float = 1.0, turn: int | None = None) -> Recipe:
+    """PACED: Distillation at the Frontier of Student Competence (2026): each completion counts by how often the student
+    solves its problem, most where that is sometimes.
+
+    The data needs a column ``pass_rate``: the share of the student's own answers that were right. A rate of 0 or 1
+    gives no weight for good, so estimate the rates anew now and then.
+
+    Args:
+        a, b: exponents of the kernel ``p^a (1 - p)^b``; both 0: plain distillation.
+        turn: the optimiser step at which the forward KL gives way to the reverse one; None: forward KL throughout.
+    """
+    weight = Column("pass_rate") >> BetaKernel(a, b)
+    forward = Match(ForwardKL(), to=Teacher(), weight=weight)
+    if turn is None:
+        return Recipe(Data(columns=("pass_rate",)), Objective(forward))
+    reverse = Match(ReverseKL(), to=Teacher(), weight=weight, coefficient=Switch(0.0, 1.0, turn))
+    first = replace(forward, coefficient=Switch(1.0, 0.0, turn))
+    return Recipe(Data(columns=("pass_rate",)), Objective(first, reverse))
+
+
+def recursive_meta_distillation(anchor: float = 0.5, geometric: bool = False, steps_per_round: int = 100) -> Recipe:
+    """Recursive Meta-Distillation (2026): each generation distils the last one, drawn towards the first teacher.
+
+    With an anchor the forward KL to the teacher shrinks by at least ``1 - anchor`` a generation, up to what the student
+    cannot fit; without one, errors add up. Reconstructed from the abstract.
+
+    Args:
+        anchor: the teacher's weight in each generation's target.
+        geometric: mix log-probabilities, not probabilities; what the student has lost then stays lost.
+        steps_per_round: optimiser steps of a generation.
+    """
+    parts = {Model("previous"): 1 - anchor, Teacher(): anchor}
+    return Recipe(
+        Data(),
+        Objective(Match(ForwardKL(), to=LogLinear(parts) if geometric else Arithmetic(parts))),
+        Schedule(steps_per_round=steps_per_round),
+        models={"previous": Snapshot(every=1)},
+    )
+
+
+def transfer_limits() -> Recipe:
+    """Towards the Fundamental Limits of Knowledge Transfer over Finite Domains (2023): the squared error of the
+    log-probabilities that a teacher gave the completions' own tokens, where nothing else of the teacher can be had.
+
+    The data needs a column ``label_logp`` with one number for each token of the completion, its end included. Weighting
+    the likelihood by those probabilities instead would learn the squared teacher.
+    """
+    return Recipe(
+        Data(columns=("label_logp",)),
+        Objective(Fit(SquaredError(), LogProb(Policy()), Column("label_logp", reach="token"))),
     )
