@@ -6,6 +6,7 @@ not run unless asked for.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,9 +67,32 @@ def check_directory(source: str | Path) -> Path:
                 "convert them with save_pretrained(..., safe_serialization=True)."
             )
         raise ModelError(f"{str(source)!r} has a config.json but no weights; expected model.safetensors.")
+    if (path / "adapter_config.json").is_file():  # Transformers would load it too, from wherever it says
+        raise ModelError(
+            f"{str(source)!r} holds an adapter beside the weights; merge it with merge_and_unload() and save the "
+            "result, or move adapter_config.json away."
+        )
+    _check_index(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{str(source)!r} has no tokenizer; save one there with tokenizer.save_pretrained.")
     return path
+
+
+def _check_index(path: Path) -> None:
+    """The shards that an index names must be safetensors files beside it: an index may name a pickle, or any path."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{str(index)!r} is not an index of weights; copy or convert the checkpoint again.") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise ModelError(
+                f"model.safetensors.index.json names the shard {str(shard)[:80]!r}; only safetensors files in "
+                f"{str(path)!r} are read, so convert the checkpoint again."
+            )
 
 
 def check_hub(source: str) -> bool:
