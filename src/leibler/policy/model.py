@@ -67,15 +67,26 @@ class CausalLM(nn.Module):
         self.tokenizer = tokenizer
         self.decodes_lean: bool | None = None
         # Not len(tokenizer) alone: where ids have gaps, the last entry still has to be reachable.
-        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+        taken = set(tokenizer.get_vocab().values())
+        self.vocab_size = max(len(tokenizer), 1 + max(taken, default=-1))
         if self.causal.base_model is self.causal:
             raise ModelError(f"{type(self.causal).__name__} has no base model that gives hidden states without a head.")
-        rows = self.head()[0].shape[0]
+        weight, _ = self._matrix()
+        rows = weight.shape[0]
         if rows < self.vocab_size:
             raise ModelError(
                 f"The tokenizer has {self.vocab_size} entries but the model only {rows}; "
                 "take the tokenizer that came with it, or call resize_token_embeddings first."
             )
+        # Ids that no token has are outside the support: a bias of -inf. (A buffer, so that it moves with the model.)
+        gaps = None
+        if len(taken) < self.vocab_size:
+            there = torch.tensor(sorted(taken), dtype=torch.long, device=weight.device)
+            gaps = weight.new_zeros(rows)
+            gaps[: self.vocab_size] = -torch.inf
+            gaps[there] = 0.0
+        self.gaps: Tensor | None
+        self.register_buffer("gaps", gaps, persistent=False)
         if tokenizer.eos_token_id is None:
             raise ModelError("The tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
         self._check_head()
@@ -179,7 +190,17 @@ class CausalLM(nn.Module):
         return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *special}))
 
     def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
-        """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``."""
+        """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``.
+
+        Where the tokenizer's ids have gaps, the bias is -inf there: no law gives them anything.
+        """
+        weight, bias = self._matrix()
+        if self.gaps is None:
+            return weight, bias
+        gaps = self.gaps.to(weight.dtype)
+        return weight, gaps if bias is None else torch.where(gaps == 0, bias, gaps)
+
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
         head = self.causal.get_output_embeddings()
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -313,7 +334,7 @@ class CausalLM(nn.Module):
             seen["loud"] = output * (500.0 / output.abs().max().clamp_min(1e-6))
             return seen["loud"]
 
-        weight, bias = self.head()
+        weight, bias = self._matrix()
         tokens = torch.arange(min(4, self.vocab_size), device=weight.device)[None]
         attention = torch.ones_like(tokens, dtype=torch.bool)
         handle = cast(nn.Module, self.causal.get_output_embeddings()).register_forward_hook(louder)
