@@ -10,7 +10,7 @@ from leibler.estimate import check, exactness, spelt
 from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
 from leibler.objective.objective import Objective, walk
 from leibler.objective.schedules import Hinge
-from leibler.objective.signals import Signal
+from leibler.objective.signals import Importance, Signal
 from leibler.objective.targets import Behaviour, Handle, Old, Policy
 from leibler.objective.terms import Match, PolicyGradient, Term
 from leibler.train.models import Frozen, ModelRule, Trained
@@ -57,6 +57,12 @@ class Recipe:
     Building one checks it: every stream that a term names exists, every sampled estimator is exact for the law that
     its events come from (the law is inferred from the stream's origin and the target), every model has a rule.
 
+    Attributes:
+        source, objective, schedule, models: see above.
+        elsewhere: the policy's responses come from another engine, whose law is the policy's up to its arithmetic.
+            Sampled terms then weight each token by policy / behaviour; the policy gradient by at most 2 (truncated
+            importance sampling: Your Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025).
+
     Examples:
         >>> from leibler.divergence import ForwardKL
         >>> from leibler.objective import Match, Objective, Teacher
@@ -70,6 +76,7 @@ class Recipe:
     objective: Objective
     schedule: Schedule = field(default_factory=Schedule)
     models: Mapping[str, ModelRule] = field(default_factory=dict)
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.objective, Term):
@@ -99,6 +106,11 @@ class Recipe:
                 f"the ratio of the policy gradient on {term.on!r} is taken to the old policy, but its responses are "
                 "sampled from another law; use a surrogate with anchor=Behaviour()."
             )
+        if self.elsewhere and isinstance(term, PolicyGradient) and law == Old() and term.surrogate.anchor == Old():
+            # The terms take the samples for the policy's own, which another engine's are nearly, but not quite.
+            nearly = Importance(Policy() if self.schedule.single_use else Old(), Behaviour(), most=2.0)
+            if nearly not in [part for part, _ in walk(term)]:
+                term = replace(term, weight=nearly if term.weight == 1.0 else nearly * term.weight)
         self._check_coefficient(term)
         return term
 
@@ -129,14 +141,20 @@ class Recipe:
                 f"{term.name} with {type(term.estimator).__name__}() needs sampled sequences, but its stream "
                 f"{term.on!r} holds data; use Exact(), or draw the stream with OnPolicy()."
             )
-        fresh = origin.law == Old() and self.schedule.single_use
+        own = origin.law == Old() and not self.elsewhere
+        fresh = own and self.schedule.single_use
         if term.to == origin.law:
             term = replace(term, sampled_from="target")
         elif fresh:
             term = replace(term, sampled_from="model")
         else:
-            behaviour = Old() if origin.law == Old() else Behaviour()
+            behaviour = Old() if own else Behaviour()
             term = replace(term, sampled_from="behaviour", behaviour=behaviour)
+        if term.credit != "token" and self.elsewhere:
+            raise RecipeError(
+                f"credit={term.credit!r} weights whole responses, which another engine's log-probs are too coarse for; "
+                "leave out rollouts=."
+            )
         if term.credit != "token" and (origin.law != Old() or term.sampled_from == "target"):
             raise RecipeError(
                 f"credit={term.credit!r} needs responses sampled from the policy itself, and a target other than it; "
