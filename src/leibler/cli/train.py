@@ -13,6 +13,7 @@ import typer
 from leibler.cli import overrides
 from leibler.cli.building import PREFIX, recipe_from
 from leibler.errors import RunError
+from leibler.safety import printable
 
 NAMED = ("data", "models")
 """Keys that take a name after a dot: ``models.base=DIR``."""
@@ -229,10 +230,10 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
         run = request.run(resume=resume is not None)
     except KeyboardInterrupt:
         if is_main():
-            typer.echo(_saved(Path(request.out or ".")), err=True)
+            typer.echo(printable(_saved(Path(request.out or "."))), err=True)
         raise typer.Exit(INTERRUPTED) from None
     if is_main():
-        typer.echo(_summary(run))
+        typer.echo(printable(_summary(run)))
     leave()
 
 

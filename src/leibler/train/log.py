@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from leibler.safety import printable
+
 
 class Lines:
     """A JSON-lines file that is flushed to disk at checkpoints and cut back to an earlier length on resume.
@@ -107,9 +109,9 @@ class Progress:
     def say(self, message: str) -> None:
         """A line above the bar."""
         if self.bar is not None:
-            self.bar.console.print(message, highlight=False)
+            self.bar.console.print(printable(message), highlight=False, markup=False)
         elif not self.quiet:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -14,6 +14,7 @@ import torch
 from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import Signal, StepEnd, Validation
+from leibler.safety import printable
 from leibler.train import checkpoint, durable, environment, rollouts, run_file, setup, sharding, stored
 from leibler.train.aligned import alignments
 from leibler.train.engine import Engine, Step
@@ -391,7 +392,7 @@ class _Trainer:
 
     def _say(self, message: str) -> None:
         if not self.quiet and self.main:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
 
     def _on(self, every: int) -> bool:
         return self.step // every > max(self.last_due, 0) // every
