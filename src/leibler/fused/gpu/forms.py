@@ -19,11 +19,13 @@ from leibler.divergence.base import HUGE
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import DEAD_ZONE, CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
-from leibler.divergence.mixtures import TINY, JensenShannon, SkewForwardKL, SkewReverseKL
+from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
 from leibler.divergence.power import PowerKernel
 from leibler.divergence.tiers import SumForm, Swapped
 
 Tensors = tuple[Tensor, ...]
+TINY = 2.0**-100
+"""Floor of a mixture's probability: an entry below it contributes nothing."""
 
 
 class Entry(NamedTuple):

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leibler.divergence.rows import LN2, LOG2E, OUTSIDE, Functional
 from leibler.fused.gpu.forms import Entry, Facts, Form, form
+from leibler.fused.gpu.library import SOURCE as LIBRARY
 from leibler.fused.gpu.trace import NotElementwise, statements
 
 BLOCK = 2048
@@ -51,7 +52,8 @@ class Program:
     """The forms of a layout, where their rows lie in the buffers between the kernels, and the generated module.
 
     ``stats`` holds for the model (maximum, log2 of the rest), for each target (maximum, log2 of the rest, difference of
-    the normalisers, whether the model lacks support, whether the target does), then each want's powers.
+    the normalisers, least and largest difference of the logits up to a constant), then each want's powers. A difference
+    beyond any real logit says that one side lacks support.
     """
 
     layout: Layout
@@ -101,7 +103,16 @@ def _load(source: str) -> ModuleType:
 
 def stat(target: int, which: str) -> int:
     """The row of ``stats`` where a number of a target stands."""
-    return 2 + 5 * target + ("maximum", "log", "shift", "model_lacks", "target_lacks").index(which)
+    return 2 + 5 * target + ("maximum", "log", "shift", "least", "most").index(which)
+
+
+class _Kept(NamedTuple):
+    """A log-sum-exp that the first reading keeps."""
+
+    name: str
+    expression: str
+    alone: dict[str, float]
+    """Sums of powers of the same terms, which have the same maximum."""
 
 
 class _Writer:
@@ -120,7 +131,7 @@ class _Writer:
             for k, (f, n) in enumerate(zip(self.forms, numbers))
         ]
         values, gradient = self._values(sums), self._gradient(gradients, numbers)
-        source = "\n".join([_HEADER, *values, "", "", *gradient, ""])
+        source = "\n".join([LIBRARY, "", *values, "", "", *gradient, ""])
         return Program(self.layout, self.forms, self.powers, _ranges(counts), _ranges(numbers), self.stats, source)
 
     # --- what each functional contributes -----------------------------------------------------------------------------
@@ -188,18 +199,13 @@ class _Writer:
 
     # --- the first kernel ---------------------------------------------------------------------------------------------
     def _values(self, traced: list[tuple[list[str], list[str]]]) -> list[str]:
-        keep: list[tuple[str, str]] = [(side, f"x_{side}") for side in self.sides]
-        for k, f in enumerate(self.forms):
-            target = self.layout.wants[k][1]
-            for name, (a, b) in zip(self._power_names(k), f.powers):
-                keep.append((name, f"x_m * {a!r} + x_t{target} * {b!r}"))
+        keep = self._kept()
         lines = [*self._start()]
         for t in self.sides[1:]:
-            lines += [f"weighted_{t} = tl.zeros((BLOCK,), tl.float32)", f"spread_{t} = tl.zeros((BLOCK,), tl.float32)"]
-            lines += [f"lack_m_{t} = tl.zeros((BLOCK,), tl.float32)", f"lack_{t} = tl.zeros((BLOCK,), tl.float32)"]
-        for name, _ in keep:
-            lines.append(f"top_{name} = tl.full((BLOCK,), {BOTTOM!r}, tl.float32)")
-            lines.append(f"sum_{name} = tl.zeros((BLOCK,), tl.float32)")
+            lines += [f"{name}_{t} = tl.zeros((BLOCK,), tl.float32)" for name in ("weighted", "high", "low")]
+        for kept in keep:
+            lines.append(f"top_{kept.name} = tl.full((BLOCK,), {BOTTOM!r}, tl.float32)")
+            lines += [f"sum_{name} = tl.zeros((BLOCK,), tl.float32)" for name in (kept.name, *kept.alone)]
         if self.layout.targets:
             lines += ["start = 0", *self._tile()]
         for t in self.sides[1:]:
@@ -224,20 +230,34 @@ class _Writer:
         return ["@triton.jit", f"def values({self._arguments()}, stats, sums, rows, vocab, BLOCK: tl.constexpr):",
                 *_indent(lines)]  # fmt: skip
 
-    def _first_reading(self, keep: list[tuple[str, str]]) -> list[str]:
+    def _kept(self) -> list[_Kept]:
+        """The log-sum-exps of the first reading. A power of one row alone shares that row's maximum."""
+        keep = {side: _Kept(side, f"x_{side}", {}) for side in self.sides}
+        for k, f in enumerate(self.forms):
+            t = f"t{self.layout.wants[k][1]}"
+            for name, (a, b) in zip(self._power_names(k), f.powers):
+                if b == 0.0 < a:
+                    keep["m"].alone[name] = a
+                elif a == 0.0 < b:
+                    keep[t].alone[name] = b
+                else:
+                    keep[name] = _Kept(name, f"x_m * {a!r} + x_{t} * {b!r}", {})
+        return list(keep.values())
+
+    def _first_reading(self, keep: list[_Kept]) -> list[str]:
         lines = []
         for t in self.sides[1:]:
-            lines.append(f"away = x_m - x_{t} - typical_{t}")
-            lines.append(f"spread_{t} = tl.maximum(spread_{t}, tl.where(in_m | in_{t}, tl.abs(away), 0.0))")
+            lines.append(f"away = tl.where(in_m | in_{t}, x_m - x_{t} - typical_{t}, 0.0)")
+            lines += [f"high_{t} = tl.maximum(high_{t}, away)", f"low_{t} = tl.minimum(low_{t}, away)"]
             lines.append(f"moved_{t} = expm1(tl.minimum(tl.maximum(away, -{NEAR_BITS}), {NEAR_BITS}) * {LN2!r})")
-            lines.append(f"lack_m_{t} = tl.maximum(lack_m_{t}, (in_{t} & (in_m == 0)).to(tl.float32))")
-            lines.append(f"lack_{t} = tl.maximum(lack_{t}, (in_m & (in_{t} == 0)).to(tl.float32))")
-        for name, expression in keep:
+        for name, expression, alone in keep:
             # One exponential either way: of the new value below the maximum, or of the old maximum below the new value.
             lines.append(f"new = tl.where(valid, {expression}, {BOTTOM!r})")
-            lines.append(f"e = tl.exp2(-tl.abs(new - top_{name}))")
+            lines.append(f"below = -tl.abs(new - top_{name})")
             lines.append(f"rises = new > top_{name}")
-            lines.append(f"sum_{name} = tl.where(rises, sum_{name} * e + 1.0, sum_{name} + e)")
+            for power, a in (alone | {name: 1.0}).items():
+                lines.append(f"e = tl.exp2(below * {a!r})")
+                lines.append(f"sum_{power} = tl.where(rises, sum_{power} * e + 1.0, sum_{power} + e)")
             if name.startswith("t"):
                 lines.append(
                     f"weighted_{name} = tl.where(rises, weighted_{name} * e + moved_{name}, "
@@ -246,25 +266,30 @@ class _Writer:
             lines.append(f"top_{name} = tl.maximum(top_{name}, new)")
         return lines
 
-    def _after_first(self, keep: list[tuple[str, str]]) -> list[str]:
+    def _after_first(self, keep: list[_Kept]) -> list[str]:
         lines, stores = [], itertools.count()
 
         def store(value: str) -> str:
             return f"tl.store(stats + {next(stores)} * rows + row, {value})"
 
-        for name, _ in keep:
+        for name, _, alone in keep:
             lines.append(f"max_{name} = tl.max(top_{name})")
+            for power, a in alone.items():
+                lines.append(f"part = tl.exp2((top_{name} - max_{name}) * {a!r})")
+                lines += [f"max_{power} = max_{name} * {a!r}", f"log_{power} = tl.log2(tl.sum(sum_{power} * part))"]
             lines.append(f"part = tl.exp2(top_{name} - max_{name})")
             lines.append(f"whole = tl.sum(sum_{name} * part)")
             lines.append(f"log_{name} = tl.log2(whole)")
             if name.startswith("t"):
                 lines.append(f"close = typical_{name} + log1p(tl.sum(weighted_{name} * part) / whole) * {LOG2E!r}")
                 lines.append(f"plain = (max_m - max_{name}) + (log_m - log_{name})")
-                lines.append(f"shift_{name} = tl.where(tl.max(spread_{name}) < {NEAR_BITS}, close, plain)")
+                lines += [f"most_{name} = tl.max(high_{name})", f"least_{name} = tl.min(low_{name})"]
+                lines.append(f"spread = tl.maximum(most_{name}, -least_{name})")
+                lines.append(f"shift_{name} = tl.where(spread < {NEAR_BITS}, close, plain)")
         lines += [store("max_m"), store("log_m")]
         for t in self.sides[1:]:
             lines += [store(f"max_{t}"), store(f"log_{t}"), store(f"shift_{t}")]
-            lines += [store(f"tl.max(lack_m_{t})"), store(f"tl.max(lack_{t})")]
+            lines += [store(f"least_{t}"), store(f"most_{t}")]
         for k, f in enumerate(self.forms):
             t = f"t{self.layout.wants[k][1]}"
             for name, (a, b) in zip(self._power_names(k), f.powers):
@@ -302,14 +327,6 @@ class _Writer:
         return ["@triton.jit",
                 f"def gradient({self._arguments()}, stats, numbers, units, rows, vocab, BLOCK: tl.constexpr):",
                 *_indent(lines)]  # fmt: skip
-
-
-_HEADER = """import triton
-import triton.language as tl
-
-from leibler.fused.gpu.device import expm1, log1p, sign
-
-"""
 
 
 def _one(function: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from leibler.divergence.rows import LOG2E
+from leibler.divergence.rows import LOG2E, OUTSIDE
 from leibler.fused.blocks import Side, product_dtype
 from leibler.fused.operands import Linear, TargetRows, Want
 
@@ -108,10 +108,9 @@ class Kernels:
 
     def add_column_sums(self, out: Float[Tensor, " vocab"], factor: Float[Tensor, " m"]) -> None:
         """Add the sums of the gradient's columns, each row times its factor, to ``out``."""
-        from leibler.fused.gpu.device import add_column_sums
         from leibler.fused.gpu.generate import BLOCK
 
-        kernel: Any = add_column_sums
+        kernel: Any = self.program.kernels.add_column_sums
         logits, tiles = self.sides[0].logits, -(-self.vocab // BLOCK)
         with self._device():
             kernel[(tiles,)](out, logits, factor, factor.shape[0], self.vocab, logits.stride(0), BLOCK=BLOCK)
@@ -126,8 +125,8 @@ class Kernels:
         if target is None:
             never = torch.zeros(count, dtype=torch.bool, device=self.stats.device)
             return Facts(powers, never, never)
-        lacks = (self.stats[stat(target, which), :count] > 0 for which in ("model_lacks", "target_lacks"))
-        return Facts(powers, *lacks)
+        least, most = (self.stats[stat(target, which), :count] for which in ("least", "most"))
+        return Facts(powers, model_lacks=least < OUTSIDE, target_lacks=most > -OUTSIDE)
 
     def _launch(self, kernel: Any, start: int, count: int, *buffers: Tensor) -> None:
         from leibler.fused.gpu.generate import BLOCK, WARPS

@@ -1,11 +1,12 @@
-"""Device functions that generated kernels call, and the kernel that sums a gradient over its rows.
+"""Source of the device functions that generated kernels call, and of the kernel that sums a gradient over its rows.
 
-Imported only where Triton is: nothing else in the package needs it. Every function also runs in Triton's interpreter,
-which knows no library functions: hence the series here.
+As text, so that nothing in the package imports Triton. The functions are series because Triton's interpreter knows no
+library functions; the series are as accurate as float32.
 """
 
 from __future__ import annotations
 
+SOURCE = """
 import triton
 import triton.language as tl
 
@@ -46,7 +47,7 @@ def sign(x):
 
 @triton.jit
 def add_column_sums(out, gradient, factor, rows, vocab, stride, BLOCK: tl.constexpr):
-    """``out[v] += sum_r factor[r] * gradient[r, v]``: one program per tile of the vocabulary, rows in order."""
+    # out[v] += sum_r factor[r] * gradient[r, v]: one program per tile of the vocabulary, rows in order
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = i < vocab
     total = tl.zeros((BLOCK,), tl.float32)
@@ -55,3 +56,4 @@ def add_column_sums(out, gradient, factor, rows, vocab, stride, BLOCK: tl.conste
         part = tl.load(gradient + tl.cast(row, tl.int64) * stride + i, mask=valid, other=0.0)
         total += tl.where(scale == 0.0, 0.0, part.to(tl.float32) * scale)
     tl.store(out + i, tl.load(out + i, mask=valid, other=0.0) + total, mask=valid)
+"""
