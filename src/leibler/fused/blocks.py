@@ -94,8 +94,7 @@ class Side:
     """
 
     def __init__(self, head: Linear, vocab: int, chunk: int, rows: int, dtype: torch.dtype, block: torch.dtype) -> None:
-        self.hidden = head.hidden.detach()
-        self.weight = head.weight.detach()[:vocab].to(dtype)
+        self.products = [(hidden.detach(), weight.detach()[:vocab].to(dtype)) for hidden, weight in head.products]
         self.temperature = head.temperature
         self.block = block
         self.bias: Float[Tensor, " vocab"] | None = None
@@ -107,16 +106,19 @@ class Side:
             self.whole = bool((self.bias > OUTSIDE).all())
             outside = bias == -torch.inf
             self.outside = outside if bool(outside.any()) else None
-        self.logits = zeros((chunk, vocab), dtype, self.weight.device)
+        device = head.weight.device
+        self.logits = zeros((chunk, vocab), dtype, device)
         # Products in the blocks' own dtype are used in place; others are widened into a block of their own.
-        self.wide = None if dtype == block else self.weight.new_empty(rows, vocab, dtype=block)
+        self.wide = None if dtype == block else torch.empty(rows, vocab, dtype=block, device=device)
 
     def multiply(self, start: int, stop: int) -> None:
         """Logits of the chunk of tokens ``start`` to ``stop``, into the buffer."""
-        hidden = self.hidden[start:stop]
-        if self.wide is None:
-            hidden = hidden.to(self.block) * (LOG2E / self.temperature)
-        torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=self.logits[: stop - start])
+        logits = self.logits[: stop - start]
+        for k, (hidden, weight) in enumerate(self.products):
+            hidden = hidden[start:stop]
+            if self.wide is None:
+                hidden = hidden.to(self.block) * (LOG2E / self.temperature)
+            torch.addmm(logits, hidden.to(weight.dtype), weight.T, beta=min(k, 1), out=logits)
 
     def rows(self, start: int, stop: int) -> Row:
         """Rows ``start`` to ``stop`` of the chunk, base 2, bias added (so: once for each chunk)."""

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from leibler.errors import RecipeError, RunError
 from leibler.fused.coarse import OtherVocabulary
 from leibler.fused.operands import Linear, TargetRows, Want, check
-from leibler.fused.sweep import Gradients, Plan, Sweep
+from leibler.fused.sweep import Plan, Sweep
 
 Loss = Callable[[Float[Tensor, "wants n"], Int[Tensor, " n"]], Float[Tensor, " n"]]
 
@@ -74,7 +74,7 @@ def functionals(
     plan = _plan(model, wants, targets, token, vocab)
     if not torch.is_grad_enabled() or not any(_needs(model)):
         return Sweep(plan).run()
-    return _Functionals.apply(plan, model.hidden, model.weight, model.bias)  # type: ignore[return-value]
+    return _Functionals.apply(plan, *model.tensors)  # type: ignore[return-value]
 
 
 def one_pass(
@@ -120,7 +120,7 @@ def one_pass(
         values = Sweep(plan).run()
         losses = _shaped(loss(values, torch.arange(values.shape[1], device=values.device)), values)
         return losses.sum().detach(), values
-    return _OnePass.apply(plan, loss, model.hidden, model.weight, model.bias)  # type: ignore[return-value]
+    return _OnePass.apply(plan, loss, *model.tensors)  # type: ignore[return-value]
 
 
 def one_pass_per_token(
@@ -136,9 +136,9 @@ def one_pass_per_token(
     sums over tokens and may not: the head must be frozen.
     """
     plan = _plan(model, [want], targets, None, vocab)
-    if not torch.is_grad_enabled() or not model.hidden.requires_grad:
+    if not torch.is_grad_enabled() or not any(_needs(model)):
         return Sweep(plan).run()[0]
-    return _PerToken.apply(plan, model.hidden)  # type: ignore[return-value]
+    return _PerToken.apply(plan, *model.tensors)  # type: ignore[return-value]
 
 
 def _plan(
@@ -152,17 +152,13 @@ def _plan(
     return Plan(model, tuple(wants), tuple(targets), None if token is None else token.long(), entries)
 
 
-def _needs(model: Linear) -> tuple[bool, bool, bool]:
-    return (
-        model.hidden.requires_grad,
-        model.weight.requires_grad,
-        model.bias is not None and model.bias.requires_grad,
-    )
+def _needs(model: Linear) -> list[bool]:
+    return [t is not None and t.requires_grad for t in model.tensors]
 
 
 class _Functionals(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> Tensor:
         ctx.unpack, kept = plan.pack()
         ctx.save_for_backward(*kept)
         return Sweep(plan).run()
@@ -172,15 +168,12 @@ class _Functionals(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         sweep = Sweep(ctx.unpack(ctx.saved_tensors), ctx.needs_input_grad[1:])
         sweep.run(lambda _values, start, stop: cotangent[:, start:stop])
-        grads = sweep.gradients()
-        return None, grads.hidden, grads.weight, grads.bias
+        return None, *sweep.gradients()
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, loss: Loss, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: Plan, loss: Loss, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         sweep, losses = Sweep(plan, ctx.needs_input_grad[2:]), _Losses(loss)
         values = sweep.run(losses)
         # An attribute, not save_for_backward: the buffers are handed over to autograd, which may then keep them.
@@ -192,7 +185,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: Gradients | None = ctx.gradients
+        grads: tuple[Tensor | None, ...] | None = ctx.gradients
         if grads is None:
             raise RunError(
                 "one_pass gives its gradient away in the first backward pass: sum the losses and call backward once, "
@@ -200,28 +193,27 @@ class _OnePass(torch.autograd.Function):
             )
         ctx.gradients = None
         if cotangent is None:
-            return None, None, None, None, None
-        given = [grads.hidden, grads.weight, grads.bias]
+            return (None,) * (2 + len(grads))
         if bool(cotangent != 1):
-            for grad in given:
+            for grad in grads:
                 if grad is not None:
                     grad.mul_(cotangent)
-        return None, None, *given
+        return None, None, *grads
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, hidden: Tensor) -> Tensor:
-        sweep = Sweep(plan, (True, False, False))
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> Tensor:
+        sweep = Sweep(plan, ctx.needs_input_grad[1:])
         values = sweep.run(lambda values, _start, _stop: torch.ones_like(values))
-        ctx.save_for_backward(sweep.gradients().hidden)
+        ctx.save_for_backward(*sweep.gradients())
         return values[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return None, grad * cotangent[:, None].to(grad.dtype)
+        rows = cotangent[:, None]
+        return None, *(None if grad is None else grad * rows.to(grad.dtype) for grad in ctx.saved_tensors)
 
 
 class _Losses:

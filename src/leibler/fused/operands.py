@@ -20,14 +20,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class LowRank:
+    """What a low-rank adapter adds to a head's logits: ``hidden @ weight.T``, over ``rank`` columns.
+
+    For an adapter ``W + s B A`` of the head, ``hidden`` is ``s x A.T`` of its input x (formed outside, where autograd
+    sees it) and ``weight`` is B. So the merged weight is never made, and nor is a gradient of its size. Source:
+    E. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2022).
+
+    Args:
+        hidden: ``[n, rank]``, one row per token.
+        weight: ``[vocab, rank]``.
+    """
+
+    hidden: Float[Tensor, "n rank"]
+    weight: Float[Tensor, "vocab rank"]
+
+
+@dataclass(frozen=True, eq=False)
 class Linear:
-    """Logits that are never stored: ``(hidden @ weight.T + bias) / temperature``.
+    """Logits that are never stored: ``(hidden @ weight.T + bias) / temperature``, plus those of adapters on the head.
 
     Args:
         hidden: ``[n, hidden]``, one row per token, after the final norm.
         weight: ``[vocab, hidden]``, the output embedding.
         bias: ``[vocab]``; an entry of -inf takes its token out of the support.
         temperature: positive; the same temperature at which the tokens were sampled.
+        low_rank: adapters on the head; their products are added before the temperature divides.
 
     Raises:
         ModelError: when the shapes do not fit each other.
@@ -42,6 +60,7 @@ class Linear:
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, " vocab"] | None = None
     temperature: float = 1.0
+    low_rank: tuple[LowRank, ...] = ()
 
     def __post_init__(self) -> None:
         hidden, weight, bias = self.hidden, self.weight, self.bias
@@ -60,13 +79,43 @@ class Linear:
                 f"the bias {_shape(bias)} does not fit the head's weight {_shape(weight)}: it needs one entry per row "
                 "of the weight."
             )
-        tensors = [t for t in (hidden, weight, bias) if t is not None]
+        for pair in self.low_rank:
+            rank = pair.weight.shape[-1]
+            if pair.hidden.shape != (hidden.shape[0], rank) or pair.weight.shape != (weight.shape[0], rank):
+                raise ModelError(
+                    f"a low-rank pair {_shape(pair.hidden)}, {_shape(pair.weight)} does not fit a head of "
+                    f"{hidden.shape[0]} hidden states and {weight.shape[0]} entries: give [n, rank] and [vocab, rank]."
+                )
+        tensors = [t for t in self.tensors if t is not None]
         if not all(t.is_floating_point() for t in tensors):
             raise ModelError("hidden states, weight and bias of a linear head must be floating point: cast them first.")
         if len({t.device for t in tensors}) > 1:
             raise ModelError("hidden states, weight and bias of a linear head lie on different devices: move them.")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise RecipeError(f"a temperature must be positive and finite, not {self.temperature}: use 1.0 for none.")
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], temperature: float) -> Linear:
+        """The head with these ``tensors``."""
+        bias, hidden, weight, *rest = tensors
+        assert hidden is not None
+        assert weight is not None
+        pairs = tuple(LowRank(*pair) for pair in zip(rest[::2], rest[1::2]))  # type: ignore[arg-type]
+        return cls(hidden, weight, bias, temperature, pairs)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The bias, then the factors of each product, hidden states before weight."""
+        return (self.bias, *(t for product in self.products for t in product))
+
+    @property
+    def products(self) -> tuple[tuple[Float[Tensor, "n inner"], Float[Tensor, "vocab inner"]], ...]:
+        """The factors whose products the logits are a sum of."""
+        return ((self.hidden, self.weight), *((pair.hidden, pair.weight) for pair in self.low_rank))
+
+    def detached(self) -> Linear:
+        """The same head without its graph; a pass knows that the logits are the same."""
+        return Linear.of([None if t is None else t.detach() for t in self.tensors], self.temperature)
 
     @property
     def tokens(self) -> int:
@@ -79,9 +128,10 @@ class Linear:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two heads that have the same logits, which are then computed once."""
-        tensors = (self.hidden, self.weight, self.bias)
         # data_ptr and strides, not id(): detach() makes a new object over the same numbers.
-        views = tuple(None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+        views = tuple(
+            None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in self.tensors
+        )
         return (*views, self.temperature)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -36,29 +37,21 @@ class Plan:
         Autograd frees what it keeps after the backward pass and notices when it was changed in between.
         """
         heads = [self.model, *(leaf for target in self.targets for leaf in target.leaves)]
-        tensors = [t for head in heads for t in (head.hidden, head.weight, head.bias)]
-        temperatures = [head.temperature for head in heads]
+        tensors = [t for head in heads for t in head.tensors]
+        shapes = [(len(head.tensors), head.temperature) for head in heads]
         own = [t for target in self.targets for t in target.tensors]
         rebuild = [target.rebuild() for target in self.targets]
         wants, vocab = self.wants, self.vocab
 
         def unpack(kept: Sequence[Tensor | None]) -> Plan:
-            token, *flat = kept
-            parts = iter([Linear(*flat[3 * i : 3 * i + 3], temperature=t) for i, t in enumerate(temperatures)])  # type: ignore[arg-type]
-            model, more = next(parts), iter(flat[3 * len(temperatures) :])
+            token, *rest = kept
+            flat = iter(rest)
+            parts = iter([Linear.of(list(islice(flat, count)), temperature) for count, temperature in shapes])
+            model, more = next(parts), flat
             targets = tuple(make(parts, more) for make in rebuild)
             return Plan(model, wants, targets, token, vocab)
 
         return unpack, [None if t is None else t.detach() for t in (self.token, *tensors, *own)]
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients by the model's hidden states, weight and bias (None: not asked for)."""
-
-    hidden: Float[Tensor, "n hidden"] | None
-    weight: Float[Tensor, "vocab hidden"] | None
-    bias: Float[Tensor, " vocab"] | None
 
 
 class Sweep:
@@ -66,13 +59,13 @@ class Sweep:
 
     Args:
         plan: what to compute.
-        needs: whether the gradients by hidden states, weight and bias are wanted; a product that none of them needs
-            is not computed.
+        needs: which of the model's ``tensors`` a gradient is wanted for; a product that none of them needs is not
+            computed.
     """
 
-    def __init__(self, plan: Plan, needs: tuple[bool, bool, bool] = (False, False, False)) -> None:
+    def __init__(self, plan: Plan, needs: Sequence[bool] = ()) -> None:
         self.plan = plan
-        self.needs = needs
+        self.needs = any(needs)
         model = plan.model
         # One side for each head and number of real entries, however many targets read it; the model's comes first.
         read = [(leaf, t.own_vocab(plan.vocab)) for t in plan.targets for leaf in t.leaves]
@@ -109,15 +102,19 @@ class Sweep:
         ]
         self.values = model.hidden.new_empty(len(plan.wants), model.tokens, dtype=self.block)
 
-        hidden, weight, bias = needs
         size = (self.rows, plan.vocab)
-        blocks = any(needs) and self.kernels is None
+        blocks = self.needs and self.kernels is None
         self.scratch = model.weight.new_empty(size, dtype=self.block) if blocks else None
-        self.gh = torch.empty_like(model.hidden) if hidden else None
-        self.gw = None
-        if weight:
-            self.gw = zeros((model.vocab, model.weight.shape[1]), self.block, model.weight.device)
+        bias, *factors = needs or [False] * len(model.tensors)
         self.gb = model.weight.new_zeros(model.vocab, dtype=self.block) if bias else None
+        # For each product: gradients by its hidden states and by its weight.
+        self.factors = [
+            (
+                torch.empty_like(hidden) if for_hidden else None,
+                zeros((model.vocab, weight.shape[1]), self.block, weight.device) if for_weight else None,
+            )
+            for (hidden, weight), for_hidden, for_weight in zip(model.products, factors[::2], factors[1::2])
+        ]
 
     def _target(self, target: TargetRows | OtherVocabulary, place: dict[Hashable, int]) -> Mixed | PushedSide:
         """What hands out the rows of a target."""
@@ -142,16 +139,15 @@ class Sweep:
                 else:
                     cuts = [(a, min(a + self.rows, stop)) for a in range(start, stop, self.rows)]
                     scales = [self._block(start, a, b, coefficients) for a, b in cuts]
-                if coefficients is not None and any(self.needs):
+                if coefficients is not None and self.needs:
                     self._products(start, stop, torch.cat(scales))
         return self.values
 
-    def gradients(self) -> Gradients:
-        """What has been accumulated, in the dtypes of the model's own tensors."""
-        model = self.plan.model
-        weight = None if self.gw is None else self.gw.to(model.weight.dtype)
-        bias = None if self.gb is None or model.bias is None else self.gb.to(model.bias.dtype)
-        return Gradients(self.gh, weight, bias)
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """What has been accumulated for each of the model's ``tensors`` (None: not asked for), in its dtype."""
+        found = [self.gb, *(grad for pair in self.factors for grad in pair)]
+        tensors = self.plan.model.tensors
+        return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in zip(found, tensors))
 
     def _by_kernels(
         self, kernels: Kernels, start: int, stop: int, coefficients: Coefficients | None
@@ -159,7 +155,7 @@ class Sweep:
         """``_block`` for a whole chunk: one kernel for the values, one for the gradient."""
         values = self.values[:, start:stop]
         values.copy_(kernels.values(start, stop))
-        if coefficients is None or not any(self.needs):
+        if coefficients is None or not self.needs:
             return values.new_zeros(stop - start)
         scale, unit = _scaled(coefficients(values, start, stop).to(self.block), torch.isfinite(values))
         kernels.gradient(start, unit)
@@ -224,17 +220,28 @@ class Sweep:
         return scale
 
     def _products(self, start: int, stop: int, scale: Float[Tensor, " chunk"]) -> None:
-        side, vocab = self.sides[0], self.plan.vocab
+        side = self.sides[0]
         grad = side.logits[: stop - start]
         factor = (scale / side.temperature)[:, None]
-        if self.gh is not None:
-            self.gh[start:stop] = torch.mm(grad, side.weight).to(self.block) * factor
-        if self.gw is None:
-            return
+        for (hidden, weight), (by_hidden, by_weight) in zip(side.products, self.factors):
+            if by_hidden is not None:
+                by_hidden[start:stop] = torch.mm(grad, weight).to(self.block) * factor
+            if by_weight is not None:
+                self._add_weight_gradient(by_weight, grad, factor, hidden[start:stop])
+
+    def _add_weight_gradient(
+        self,
+        total: Float[Tensor, "vocab inner"],
+        grad: Float[Tensor, "chunk vocab"],
+        factor: Float[Tensor, "chunk 1"],
+        hidden: Float[Tensor, "chunk inner"],
+    ) -> None:
+        """Add ``grad.T @ (factor * hidden)``."""
+        vocab = self.plan.vocab
         # Rows of scale 0 are selected away rather than multiplied: garbage times 0 may be NaN.
-        hidden = torch.where(factor != 0, side.hidden[start:stop].to(self.block), 0)
+        hidden = torch.where(factor != 0, hidden.to(self.block), 0)
         if grad.dtype == self.block:
-            self.gw[:vocab].addmm_(grad.T, hidden * factor)
+            total[:vocab].addmm_(grad.T, hidden * factor)
             return
         # Half precision: the sum over chunks needs float32, and the largest scale is kept out of the product.
         top = factor.abs().amax()
@@ -242,7 +249,7 @@ class Sweep:
         step = max(1, 2**22 // hidden.shape[1])
         for a in range(0, vocab, step):
             part = torch.mm(grad[:, a : a + step].T, hidden)
-            self.gw[a : min(a + step, vocab)].addcmul_(part.to(self.block), top)
+            total[a : min(a + step, vocab)].addcmul_(part.to(self.block), top)
 
 
 def _scaled(
