@@ -67,11 +67,17 @@ def save(
         (aside / "state.json").write_text(json.dumps(plain, sort_keys=True))
         hashes = {p.name: _hash(p) for p in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"version": VERSION, "step": step, "files": hashes}, indent=1))
+    tidy(folder, step, keep)
+    return path
+
+
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """Remove what killed saves left, all but the newest ``keep`` checkpoints up to a step, and those of later steps."""
+    durable.sweep(folder)
     found = _found(folder)
-    older = [p for p in found if p.name <= path.name]
+    older = [p for p in found if p.name <= named(folder, step).name]
     for other in (*older[:-keep], *found[len(older) :]):
         durable.remove(other)
-    return path
 
 
 def named(folder: Path, step: int) -> Path:
@@ -169,7 +175,7 @@ def _fault(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = dict(manifest["files"]), int(manifest["version"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "has no readable manifest"
     if version != VERSION:
         raise RunError(
@@ -180,7 +186,7 @@ def _fault(path: Path) -> str | None:
         return "has a manifest that names too few files"
     for name, expected in files.items():
         file = path / name
-        if file.parent != path or not file.exists():
+        if Path(name).name != name or not file.is_file():
             return f"lacks {name}"
         if _hash(file) != expected:
             return f"has an altered {name}"
