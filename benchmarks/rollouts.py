@@ -1,38 +1,50 @@
 """Rollouts per second: ``leibler.policy.sample`` beside ``transformers.generate``, same model, same prompts, one run.
 
-    python benchmarks/rollouts.py [--threads 2] [--repeats 5]
+    python benchmarks/rollouts.py [--threads 1] [--repeats 5] [--wall]
 
-Both sides sample exactly as many tokens: the end token is switched off, so every row runs to the limit. The two are
-timed in turn, and the fastest of the repeats counts. The last two columns are the group case (8 prompts, 8 completions
-each), where ``generate`` is given each prompt 8 times, as trainers do.
+Both sides sample exactly as many tokens: the end token is switched off, so every row runs to the limit. The sides are
+timed in turn, and the fastest of the repeats counts. In the group case (8 prompts, 8 completions each) ``generate`` is
+given each prompt 8 times, as trainers do.
+
+``limit`` is the rate if there were nothing but the matrix products with the weights that no sampler avoids: every
+different prompt token and every new token but the last once through the layers, every new token through the head. What
+lies above ``limit / generate`` no implementation of this model reaches.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import torch
 
+import _clock as shared
 from leibler.policy import CausalLM, character_tokenizer, sample, tiny_llama, uniforms
 
 
-def fastest(sides: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of each side, the best of ``repeats``, interleaved so that a slow moment strikes both."""
-    best = [float("inf")] * len(sides)
-    for side in sides:
-        side()
-    for _ in range(repeats):
-        for number, side in enumerate(sides):
-            start = time.perf_counter()
-            side()
-            best[number] = min(best[number], time.perf_counter() - start)
-    return best
+def products(model: CausalLM, prompts: list[list[int]], rows: int, new: int) -> Callable[[], None]:
+    """The products with weights alone, on numbers of no meaning."""
+    layers = [m.weight for m in model.causal.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    head = model.head()[0]
+    read = sum(map(len, prompts))
+
+    def run() -> None:
+        with torch.inference_mode():
+            for tokens, times in ((read, 1), (rows, new - 1)):
+                inputs = {width: torch.randn(tokens, width) for width in {w.shape[1] for w in layers}}
+                for _ in range(times):
+                    for weight in layers:
+                        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+            states = torch.randn(rows, head.shape[1])
+            for _ in range(new):
+                torch.mm(states, head.t())
+
+    return run
 
 
-def compare(model: CausalLM, prompts: list[list[int]], group: int, new: int, repeats: int) -> tuple[float, float]:
-    """Tokens per second of (generate, sample)."""
+def compare(
+    model: CausalLM, prompts: list[list[int]], group: int, new: int, repeats: int, clock: Callable[[], float]
+) -> list[float]:
+    """Tokens per second of (generate, sample, products alone)."""
     rows = len(prompts) * group
     longest = max(map(len, prompts))
     repeated = [prompt for prompt in prompts for _ in range(group)]
@@ -50,8 +62,8 @@ def compare(model: CausalLM, prompts: list[list[int]], group: int, new: int, rep
     def leibler_side() -> object:
         return sample(model, prompts, uniforms=numbers, group_size=group)
 
-    seconds = fastest([transformers_side, leibler_side], repeats)
-    return rows * new / seconds[0], rows * new / seconds[1]
+    sides = [transformers_side, leibler_side, products(model, prompts, rows, new)]
+    return [rows * new / seconds for seconds in shared.fastest(sides, repeats, clock)]
 
 
 def never_ending(vocabulary: int, hidden: int, layers: int) -> CausalLM:
@@ -67,13 +79,10 @@ def never_ending(vocabulary: int, hidden: int, layers: int) -> CausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, batch 64, tokens per second")
-    print(f"{'model':<18}{'case':<22}{'new':>4}{'generate':>11}{'sample':>11}{'ratio':>8}")
+    arguments = shared.options(__doc__, repeats=5).parse_args()
+    clock = shared.started(arguments)
+    print("batch 64, new tokens per second")
+    print(f"{'model':<18}{'case':<16}{'new':>4}{'generate':>11}{'sample':>11}{'ratio':>8}{'limit':>11}{'ratio':>8}")
     for vocabulary, hidden, layers in ((4096, 64, 2), (4096, 128, 4), (4096, 256, 4), (128, 128, 4)):
         model = never_ending(vocabulary, hidden, layers)
         draw = torch.Generator().manual_seed(0)
@@ -81,9 +90,13 @@ def main() -> None:
         prompts = [torch.randint(4, vocabulary, (length,), generator=draw).tolist() for length in lengths]
         for new in (8, 32):
             for case, given, group in (("64 prompts", prompts, 1), ("8 prompts x 8", prompts[:8], 8)):
-                theirs, ours = compare(model, given, group, new, arguments.repeats)
+                theirs, ours, limit = compare(model, given, group, new, arguments.repeats, clock)
                 name = f"h{hidden} L{layers} V{vocabulary}"
-                print(f"{name:<18}{case:<22}{new:>4}{theirs:>11,.0f}{ours:>11,.0f}{ours / theirs:>8.2f}", flush=True)
+                print(
+                    f"{name:<18}{case:<16}{new:>4}{theirs:>11,.0f}{ours:>11,.0f}{ours / theirs:>8.2f}"
+                    f"{limit:>11,.0f}{limit / theirs:>8.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
