@@ -41,6 +41,12 @@ def log1p(y):
 
 
 @triton.jit
+def tanh(x):
+    grown = expm1(2.0 * tl.minimum(tl.maximum(x, -15.0), 15.0))
+    return grown / (grown + 2.0)
+
+
+@triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
 

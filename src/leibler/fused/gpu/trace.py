@@ -132,6 +132,7 @@ _UNARY = {
     "sgn": "sign({0})",
     "relu": "tl.maximum({0}, 0.0)",
     "sigmoid": "(1.0 / (1.0 + tl.exp2({0} * -1.4426950408889634)))",
+    "tanh": "tanh({0})",
     "square": "({0} * {0})",
     "isnan": "({0} != {0})",
 }
@@ -156,6 +157,8 @@ def _expression(node: Node, args: list[Any]) -> str:
     numbers = [f"{a}.to(tl.float32)" if _truth(raw) else a for a, raw in zip(args, node.args)]
     if name in _SAME:
         return args[0]
+    if name == "copy":  # what an operation in place becomes
+        return numbers[1]
     if name in _UNARY:
         return _UNARY[name].format(*numbers)
     alpha: Any = kwargs.get("alpha", 1)
