@@ -16,7 +16,8 @@ from leibler.claims.framework import Claim
 from leibler.errors import RunError
 from leibler.recipes.registry import METHODS
 
-COMMANDS = ("methods", "show", "train", "verify", "report", "demo", "measure", "measure divergence", "measure accuracy")
+COMMANDS = ("methods", "show", "train", "cache", "verify", "report", "demo", "measure", "measure divergence",
+            "measure accuracy")  # fmt: skip
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leibler.cache.identity import fingerprint
 from leibler.cache.layout import replace
 from leibler.errors import RunError
+from leibler.safety import refuse_links
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
@@ -28,7 +29,7 @@ def roll_out(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> tuple[Path, dict[str, int]]:
     """Sample completions of every prompt and write them as records, a line each.
 
@@ -43,7 +44,7 @@ def roll_out(
         samples: completions of each prompt.
         max_new_tokens, temperature, seed: of the samples.
         batch_size: prompts at a time (it decides the last bits of the sampler's arithmetic, so it is remembered too).
-        progress: called with the prompts done, and all of them.
+        progress: called with the prompts done, all of them, and the tokens sampled by this call.
 
     Returns:
         The file, and counts: ``completions``, ``blank`` (left out, for there is nothing to read), ``unfinished``,
@@ -54,6 +55,7 @@ def roll_out(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     settings = {
         "student": fingerprint(student),
         "prompts": prompts.content_hash,
@@ -72,16 +74,17 @@ def roll_out(
     if out.exists():
         return out, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["counts"]
     batches = _whole_batches(partial)
-    done = len(batches) * batch_size
+    done, drawn = len(batches) * batch_size, 0
     with partial.open("ab") as file:
         for start in range(done, len(prompts), batch_size):
             records = list(prompts)[start : start + batch_size]
-            lines = _sampled(student, records, start, samples, max_new_tokens, temperature, seed)
+            lines, count = _sampled(student, records, start, samples, max_new_tokens, temperature, seed)
+            drawn += count
             batches.append(lines)
             file.write(json.dumps(lines).encode() + b"\n")
             file.flush()
             if progress is not None:
-                progress(min(start + batch_size, len(prompts)), len(prompts))
+                progress(min(start + batch_size, len(prompts)), len(prompts), drawn)
     kept = [line for batch in batches for line in batch]
     for line in kept:
         _count(counts, line)
@@ -95,7 +98,7 @@ def roll_out(
 
 def _sampled(
     student: CausalLM, records: list[Any], start: int, samples: int, longest: int, temperature: float, seed: int
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], int]:
     from leibler.policy import sample, uniforms
 
     table = uniforms(seed, "cache", 0, len(records) * samples, longest, first_row=start * samples)
@@ -112,7 +115,7 @@ def _sampled(
         if record.answer is not None:
             line["answer"] = record.answer
         lines.append({**{k: v for k, v in record.extra.items() if k not in line}, **line})
-    return lines
+    return lines, int(drawn.mask.sum())
 
 
 def _count(counts: dict[str, int], line: dict[str, Any]) -> None:

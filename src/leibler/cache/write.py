@@ -24,7 +24,8 @@ from leibler.cache.layout import (
 )
 from leibler.cache.store import TeacherCache, checksum
 from leibler.errors import DataError, RunError
-from leibler.fused import Linear, TopK, top_k
+from leibler.fused import TopK, top_k
+from leibler.safety import refuse_links
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
@@ -95,6 +96,7 @@ def write(
     shards = list(_shards(_distinct(data, teacher), shard_tokens))
     index = _index(shards)
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(folder)
     manifest = Manifest(
         k=min(top_k, teacher.vocab_size),
         dtype=dtype,
@@ -233,7 +235,7 @@ def _fill(records: np.ndarray, shard: Sequence[_Sequence], teacher: CausalLM, ma
         tokens, attention, mask = (x.to(teacher.device) for x in right_pad(pairs))
         with evaluating(teacher):
             hidden = teacher(tokens, attention)[:, :-1][mask]
-        head = Linear(hidden, *teacher.head(), manifest.temperature)
+        head = teacher.linear(hidden, manifest.temperature)
         kept, label = top_k(head, manifest.k, token=tokens[:, 1:][mask], vocab=teacher.vocab_size)
         assert isinstance(kept.law, TopK)
         assert label is not None

@@ -128,6 +128,39 @@ def config(
         typer.echo(configs.path(found))
 
 
+@_command(
+    "cache",
+    "leibler cache --teacher models/large --data train.jsonl --top-k 64 --out caches/train\n"
+    "leibler train kd student=models/small teacher=cache:caches/train data=train.jsonl out=runs/kd\n"
+    "leibler cache --teacher models/large --student models/small --samples 4 --data prompts.jsonl --out caches/own",
+)
+def cache(
+    teacher: Annotated[str | None, typer.Option(help="The model to run: a directory or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Records with completions; with --student, prompts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The directory of the cache.")] = None,
+    top_k: Annotated[int, typer.Option(help="Entries kept per token.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Of the laws; training has to take the same.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the log-probs: float32 or float16.")] = "float32",
+    student: Annotated[str | None, typer.Option(help="Cache this model's own completions of the prompts.")] = None,
+    samples: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest completion that is sampled.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Read at most so many records.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a forward pass, at most.")] = 16_384,
+    check: Annotated[Path | None, typer.Option(help="Only verify every file of this cache.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Run a teacher once and keep its top-k log-probs.
+
+    Training then needs no teacher in memory: teacher=cache:DIR. Ctrl-C keeps what is finished, and the same command
+    goes on.
+    """
+    from leibler.cli.cache import Rollouts, cache_command
+
+    own = Rollouts(student, samples, max_new_tokens, seed)
+    cache_command(teacher, data, out, top_k, temperature, dtype, own, limit, batch_tokens, check, quiet)
+
+
 @_command("verify", "leibler verify minillm kdrl\nleibler verify --family preference --full --json")
 def verify(
     slugs: Annotated[list[str] | None, typer.Argument(help="Methods; all, when none is named.")] = None,
@@ -238,3 +271,80 @@ def measure_accuracy(
     from leibler.cli.measure import accuracy_command
 
     accuracy_command(model, data, samples, temperature, max_new_tokens, seed, limit, json)
+
+
+selection = typer.Typer(
+    name="select",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Choose the data to learn from. Writes the kept records, and why each record was kept or left out.",
+    epilog="\b\nExample:\n  leibler select difference --data corpus:stdlib --teacher models/large --reference models/tiny "
+    "--share 0.5 --out kept.jsonl",
+)
+app.add_typer(selection)
+
+_Data = Annotated[str, typer.Option(help="A file, task:NAME or corpus:stdlib.")]
+_Out = Annotated[Path, typer.Option(help="The file of the kept records; NAME.reasons.jsonl is written beside it.")]
+
+
+@_command(
+    "difference",
+    "leibler select difference --data corpus:stdlib --teacher models/large --reference models/tiny --out kept.jsonl",
+    to=selection,
+)
+def select_difference(
+    data: _Data,
+    teacher: Annotated[str, typer.Option(help="The model to learn from: a directory or a hub id.")],
+    reference: Annotated[str, typer.Option(help="A small model that has not seen these texts.")],
+    out: _Out,
+    share: Annotated[float, typer.Option(help="Of the texts to keep.")] = 0.5,
+    limit: _Limit = None,
+) -> None:
+    """Keep the texts that the teacher reads best, compared with a small model (MiniPLM)."""
+    from leibler.cli.select import difference_command
+
+    difference_command(data, teacher, reference, share, out, limit)
+
+
+@_command(
+    "confident",
+    "leibler select confident --data labelled.jsonl --teacher models/large --student models/small --out kept.jsonl",
+    to=selection,
+)
+def select_confident(
+    data: _Data,
+    teacher: Annotated[str, typer.Option(help="The model that labelled the data (column completion).")],
+    student: Annotated[str, typer.Option(help="The model that is to learn.")],
+    out: _Out,
+    limit: _Limit = None,
+) -> None:
+    """Keep what the teacher is sure of and the student is not (LLKD)."""
+    from leibler.cli.select import confident_command
+
+    confident_command(data, teacher, student, out, limit)
+
+
+@_command(
+    "pass-rate",
+    "leibler select pass-rate --data task:addition:digits=2 --model models/small --samples 8 --out rated.jsonl\n"
+    "leibler train paced student=models/small teacher=models/large data=rated.jsonl out=runs/paced",
+    to=selection,
+)
+def select_pass_rate(
+    data: _Data,
+    model: Annotated[str, typer.Option(help="The model whose answers are checked.")],
+    out: _Out,
+    samples: Annotated[int, typer.Option(help="Answers to each question.")] = 8,
+    least: Annotated[float, typer.Option(help="Keep rates from here ...")] = 0.0,
+    most: Annotated[float, typer.Option(help="... to here.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    limit: _Limit = None,
+) -> None:
+    """Add the column pass_rate: how often a model's own answers are right."""
+    from leibler.cli.select import pass_rate_command
+
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
+    pass_rate_command(data, model, samples, least, most, out, limit, options)
