@@ -55,9 +55,9 @@ def plain_name(name: str, what: str) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse to write into a directory in which a link leads out of it.
+    """Refuse to write into a directory in which a link leads out of it, or that holds pipes or devices.
 
-    A directory that came from elsewhere could otherwise make a resumed run overwrite any file of yours.
+    A directory from elsewhere could otherwise make a resumed run overwrite any file of yours, or wait for ever.
 
     Raises:
         RunError: naming the link.
@@ -71,5 +71,7 @@ def refuse_links(folder: Path) -> None:
                     f"{path} is a link to {os.readlink(path)}, out of the run directory; put a copy of what it leads "
                     "to in its place."
                 )
+            if not (path.is_symlink() or path.is_file() or path.is_dir()):
+                raise RunError(f"{path} is neither a file nor a folder, which no run writes; remove it.")
             if seen > _MOST_FILES:
                 raise RunError(f"{folder} holds more than {_MOST_FILES:,} files, which no run does; check the path.")

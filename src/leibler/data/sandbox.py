@@ -251,14 +251,14 @@ class PassesTests:
         return reasons
 
     def _verdict(self, program: str, test: Mapping[str, str]) -> str:
-        calls = "call" in test
-        if calls:
-            program = f"{program}\nprint()\nprint(repr({test['call']}))\n"
-        outcome = run_program(program, test.get("input", ""), self.limits, weaker=self.weaker)
+        call = test.get("call")
+        if call is not None:
+            program = f"{program}\nprint()\nprint(repr({call}))\n"
+        outcome = run_program(program, test.get("input") or "", self.limits, weaker=self.weaker)
         if outcome.status != "ok":
             return outcome.reason
-        printed = outcome.stdout.strip().split("\n")[-1] if calls else _trimmed(outcome.stdout)
-        wanted = test["output"].strip() if calls else _trimmed(test["output"])
+        printed = outcome.stdout.strip().split("\n")[-1] if call is not None else _trimmed(outcome.stdout)
+        wanted = test["output"].strip() if call is not None else _trimmed(test["output"])
         return "" if printed == wanted else f"printed {printed[:80]!r}, not {wanted[:80]!r}"
 
     def _tests(self, record: Record) -> list[Mapping[str, str]]:

@@ -17,8 +17,7 @@ from leibler.train import durable
 from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
-from leibler.train.run_file import RUN_FILE, check_identity, identity  # noqa: F401
-from leibler.train.run_file import write as write_run_file  # noqa: F401
+from leibler.train.run_file import RUN_FILE
 from leibler.train.stored import is_stored, opened
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options
         if name not in read:
             known = ", ".join(sorted(read - {"initial"})) or "none"
             raise ModelError(f"models.{name} is not used by this recipe, which reads: {known}; leave it out.")
+    for name in recipe.models:
+        plain_name(name, "the model")  # its weights stand under its name in checkpoints
     given = {name: _load(m, options, f"models.{name}") for name, m in models.items()}
     if teacher is not None and "teacher" in read:
         given["teacher"] = _load(teacher, options, "teacher")
