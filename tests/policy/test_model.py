@@ -206,7 +206,7 @@ def test_adapter_targets(model: CausalLM) -> None:
     names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert names
     assert all("q_proj.lora_" in name for name in names)
-    for wrong, message in ((("lm_head",), "head or embedding"), (("nothing",), "does not fit")):
+    for wrong, message in ((("embed_tokens",), "embedding"), (("nothing",), "does not fit")):
         with pytest.raises(ModelError, match=message):
             copy.deepcopy(model).adapted(Lora(targets=wrong))
     with pytest.raises(ModelError, match="already has an adapter"):

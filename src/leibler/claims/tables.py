@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leibler.claims.simplex import contexts, enumerate_sequences, prefixes, target_table
 from leibler.data import Dataset, Record
+from leibler.fused import Linear
 from leibler.objective import SAMPLE, Handle, LogProb, Rows, StepEnd, View
 from leibler.train import Context, Mixture, Recipe, WinRate
 from leibler.train.engine import Engine, Step
@@ -55,6 +56,9 @@ class Table(nn.Module):
 
     def head(self) -> tuple[Tensor, None]:
         return self.logits.reshape(-1, self.vocab_size).t(), None
+
+    def linear(self, hidden: Float[Tensor, "n hidden"], temperature: float = 1.0) -> Linear:
+        return Linear(hidden, *self.head(), temperature)
 
     def forward(self, tokens: Int[Tensor, "batch positions"], attention: Tensor) -> Tensor:
         """The row of the table at each position, one-hot: ``[batch positions hidden]``."""

@@ -327,13 +327,8 @@ def _cut(model: CausalLM, pairs: list[tuple[list[int], list[int]]], batch_size: 
 def _linear(model: CausalLM, tokens: Tensor, attention: Tensor, mask: Tensor, temperature: float = 1.0) -> Linear:
     """The head at the positions that predict a token of a completion."""
     hidden = model(tokens.to(model.device), attention.to(model.device))[:, :-1][mask.to(model.device)]
-    weight, bias = model.head()
-    return Linear(
-        hidden.to(tokens.device),
-        weight.to(tokens.device),
-        None if bias is None else bias.to(tokens.device),
-        temperature,
-    )
+    tensors = model.linear(hidden).tensors
+    return Linear.of([None if t is None else t.to(tokens.device) for t in tensors], temperature)
 
 
 def _entropies(
@@ -350,8 +345,9 @@ def _entropies(
 def _top(model: CausalLM, head: Linear, top: int) -> list[tuple[tuple[str, float], ...]]:
     found = []
     bias = None if head.bias is None else head.bias[: model.vocab_size]
-    for rows in head.hidden.split(64):  # not the logits of a whole document at once
-        logits = torch.nn.functional.linear(rows, head.weight[: model.vocab_size], bias).float()
+    for start in range(0, head.tokens, 64):  # not the logits of a whole document at once
+        parts = (h[start : start + 64].float() @ w[: model.vocab_size].float().t() for h, w in head.products)
+        logits = sum(parts, torch.zeros(())) if bias is None else sum(parts, bias.float())
         best = torch.softmax(logits, -1).topk(min(top, model.vocab_size), -1)
         for values, ids in zip(best.values.tolist(), best.indices.tolist()):
             found.append(tuple((_token_text(model, i), value) for i, value in zip(ids, values)))

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from leibler.errors import ModelError
+from leibler.fused import Linear, LowRank
+from leibler.policy.adapters import low_rank, untie
 from leibler.policy.loading import first_line, load_pretrained, quiet
 
 if TYPE_CHECKING:
@@ -137,7 +139,9 @@ class CausalLM(nn.Module):
         if self.has_adapter:
             # "auto" would ask the hub whether the vocabulary was resized
             cast(Any, self.network).save_pretrained(path / "adapter", save_embedding_layers=False)
-            network = copy.deepcopy(cast(Any, self.network)).merge_and_unload()
+            merged = copy.deepcopy(cast(Any, self.network))
+            untie(merged.get_base_model())
+            network = merged.merge_and_unload()
         with quiet():
             network.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
@@ -192,6 +196,7 @@ class CausalLM(nn.Module):
     def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
         """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``.
 
+        An adapter on the head comes on top: see :meth:`low_rank` and :meth:`linear`.
         Where the tokenizer's ids have gaps, the bias is -inf there: no law gives them anything.
         """
         weight, bias = self._matrix()
@@ -199,6 +204,14 @@ class CausalLM(nn.Module):
             return weight, bias
         gaps = self.gaps.to(weight.dtype)
         return weight, gaps if bias is None else torch.where(gaps == 0, bias, gaps)
+
+    def low_rank(self, hidden: Float[Tensor, "n hidden"]) -> tuple[LowRank, ...]:
+        """What an adapter on the head adds to the logits of these hidden states; empty without one."""
+        return low_rank(cast(nn.Module, self.causal.get_output_embeddings()), hidden)
+
+    def linear(self, hidden: Float[Tensor, "n hidden"], temperature: float = 1.0) -> Linear:
+        """The laws of the next token after these hidden states, for :mod:`leibler.fused`; the logits are not formed."""
+        return Linear(hidden, *self.head(), temperature, self.low_rank(hidden))
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         head = self.causal.get_output_embeddings()
@@ -256,7 +269,7 @@ class CausalLM(nn.Module):
         """The same model with a trainable low-rank adapter and frozen weights; the layers are replaced in place.
 
         Raises:
-            ModelError: the targets name no module, or the head or embedding.
+            ModelError: the targets name no module, or the embedding.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -269,12 +282,10 @@ class CausalLM(nn.Module):
             target_modules=list(adapter.targets) if adapter.targets else "all-linear",
             task_type="CAUSAL_LM",
         )
-        for module in (self.causal.get_output_embeddings(), self.causal.get_input_embeddings()):
-            name = next(name for name, other in self.causal.named_modules() if other is module)
-            if adapter.targets and any(name == target or name.endswith(f".{target}") for target in adapter.targets):
-                raise ModelError(
-                    f"An adapter on {name!r} (head or embedding) is not supported; leave it out of targets."
-                )
+        embedding = self.causal.get_input_embeddings()
+        name = next(name for name, other in self.causal.named_modules() if other is embedding)
+        if adapter.targets and any(name == target or name.endswith(f".{target}") for target in adapter.targets):
+            raise ModelError(f"An adapter on the embedding {name!r} is not supported; leave it out of targets.")
         try:
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of older Transformers names
@@ -343,6 +354,8 @@ class CausalLM(nn.Module):
                 hidden = self.forward(tokens, attention)
                 logits = self.causal(input_ids=tokens, attention_mask=attention.long(), use_cache=False).logits
                 expected = nn.functional.linear(hidden, weight, bias)
+                for pair in self.low_rank(hidden[0]):
+                    expected = expected + pair.hidden @ pair.weight.t()
         finally:
             handle.remove()
         if "loud" not in seen or hidden.shape[-1] != weight.shape[1]:

@@ -170,11 +170,17 @@ class _Law:
         weight, bias = self.heads[number]
         state = self.states[number]
         scale = math.log2(math.e) / (self.temperature or 1.0)
+        adapters = self.models[number].low_rank(state)
         if weight.dtype not in (torch.float32, torch.float64):  # scaled before the product it would be rounded twice
-            return torch.nn.functional.linear(state, weight, bias).float().mul_(scale)
+            logits = torch.nn.functional.linear(state, weight, bias).float()
+            for pair in adapters:
+                logits += (pair.hidden @ pair.weight[: weight.shape[0]].t()).float()
+            return logits.mul_(scale)
         if len(self.buffers) == number:
             self.buffers.append(state.new_empty((state.shape[0], weight.shape[0])))
         out = torch.mm(state * scale, weight.t(), out=self.buffers[number][: state.shape[0]])
+        for pair in adapters:
+            out.addmm_(pair.hidden.to(out.dtype), pair.weight[: weight.shape[0]].to(out.dtype).t(), alpha=scale)
         return out if bias is None else out.add_(bias * scale)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leibler.divergence import SampledLogProb
 from leibler.errors import DataError
-from leibler.fused import Linear, Want, functionals
+from leibler.fused import Want, functionals
 from leibler.policy.model import CausalLM
 
 
@@ -73,7 +73,6 @@ def logprobs(
         mask: ``mask[b, t]`` asks for the log-probability of ``tokens[b, t + 1]``.
         temperature: log-probs of the law proportional to ``p ** (1 / temperature)``.
     """
-    weight, bias = model.head()
-    head = Linear(model(tokens, attention)[:, :-1][mask], weight, bias, temperature)
+    head = model.linear(model(tokens, attention)[:, :-1][mask], temperature)
     wants = [Want(SampledLogProb())]
     return functionals(head, wants, token=tokens[:, 1:][mask], vocab=model.vocab_size)[0]

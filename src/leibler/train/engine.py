@@ -236,8 +236,9 @@ class Engine:
         for _ in range(idle):
             hidden = self._idle_pass(self.policy)
             self._idle_targets(plan)
-            head = [t.sum() for t in self.models["policy"].head() if t is not None and t.requires_grad]
-            self.backward(0.0 * (hidden.sum() + sum(head)))
+            head = self._linear(self.models["policy"], hidden.flatten(0, -2))
+            sums = [t.sum() for t in head.tensors if t is not None and t.requires_grad]
+            self.backward(0.0 * sum(sums, torch.zeros((), device=self.device)))
 
     def _fewer(self, cuts: list[Tensor]) -> int:
         """How many passes fewer than the busiest process this one makes, where that matters."""
@@ -362,14 +363,13 @@ class Engine:
         return hidden.to(unwrapped.head()[0].dtype)
 
     def _linear(self, model: CausalLM, hidden: Tensor) -> Linear:
-        weight, bias = model.head()
-        return Linear(hidden, weight, bias, self.temperature)
+        return model.linear(hidden, self.temperature)
 
     def _operands(
         self, plan: StreamPlan, rows: Rows, hidden: Tensor
     ) -> tuple[Linear, list[TargetRows | OtherVocabulary]]:
         policy = self._linear(self.models["policy"], hidden)
-        leaves: dict[str, Linear] = {"policy": Linear(hidden.detach(), *_detached(policy), self.temperature)}
+        leaves: dict[str, Linear] = {"policy": policy.detached()}
         readings: dict[str, Reading] = {}
         with torch.no_grad():
             for name in self._target_models(plan):
@@ -489,10 +489,6 @@ def _events_of(rows: Rows, index: Tensor) -> Tensor:
     keep = torch.zeros(len(rows), dtype=torch.bool, device=rows.tokens.device)
     keep[index] = True
     return keep[rows.row]
-
-
-def _detached(linear: Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
 def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leibler.divergence import Entropy, ForwardKL, ReverseKL, SampledLogProb
-from leibler.fused import Linear, TargetRows, Want, functionals
+from leibler.fused import TargetRows, Want, functionals
 from leibler.train.aligned import event_states
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def validate(
         for start in range(0, len(pairs), 32):
             rows = tokens, attention, mask = [x.to(policy.device) for x in right_pad(pairs[start : start + 32])]
             wants = [Want(SampledLogProb()), Want(Entropy())]
-            head = Linear(policy(tokens, attention)[:, :-1][mask], *policy.head(), temperature)
+            head = policy.linear(policy(tokens, attention)[:, :-1][mask], temperature)
             names, targets, here = ["nll", "entropy"], [], int(mask.sum())
             if "teacher" in models:
                 wants += [Want(ForwardKL(), 0), Want(ReverseKL(), 0)]
@@ -86,9 +86,9 @@ def _target(
     """The teacher's rows at the events of a batch, and at how many events it says something."""
     tokens, attention, mask = rows
     if alignment is None:
-        leaf = Linear(teacher(tokens, attention)[:, :-1][mask], *teacher.head(), temperature)
+        leaf = teacher.linear(teacher(tokens, attention)[:, :-1][mask], temperature)
         return TargetRows((leaf,)), int(mask.sum())
     reading = alignment.read(tokens, attention, mask)
     hidden = event_states(teacher(reading.tokens, reading.attention), reading)
-    law = TargetRows((Linear(hidden, *teacher.head(), temperature),))
+    law = TargetRows((teacher.linear(hidden, temperature),))
     return alignment.merged(law, reading), int(reading.present.sum())
