@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -110,10 +110,7 @@ class MergedRow(Pushed):
         out[:, map.cell[map.single]] = logits[:, map.single]
         if len(map.several):
             out[:, map.crowded[0]] = self._crowded[0]
-        if self.point is not None:
-            out[self.point] = FLOOR
-            out[self.point, 0] = 0.0
-        return Row(out)
+        return Row(out if self.point is None else _at_a_point(out, self.point))
 
     def pull(self, grad: Float[Tensor, "rows vocab"], small: Float[Tensor, "rows cells"]) -> None:
         """Add to ``grad`` the gradient by the full logits that belongs to ``small``, by the pushed ones."""
@@ -201,10 +198,21 @@ class Merged(OtherVocabulary):
                 f"present must hold one boolean per hidden state, [{model.tokens}], not {list(self.present.shape)}."
             )
 
+    def change(self, row: Row, start: int, stop: int) -> Row:
+        """The law's merged rows ``start`` to ``stop``, as they are compared."""
+        return row
+
     def side(self, law: Callable[[list[Row]], Row] | None, block: torch.dtype) -> PushedSide:
         """What hands out its blocks during a pass."""
         assert law is not None
         return MergedSide(self, law)
+
+
+def _at_a_point(logits: Float[Tensor, "rows cells"], point: Bool[Tensor, " rows"]) -> Float[Tensor, "rows cells"]:
+    """In place: in the rows of ``point``, all mass in the first cell."""
+    logits[point] = FLOOR
+    logits[point, 0] = 0.0
+    return logits
 
 
 class MergedSide(PushedSide):
@@ -219,5 +227,45 @@ class MergedSide(PushedSide):
         point = None if target.present is None else ~target.present[start:stop]
         if point is not None and not bool(point.any()):
             point = None
-        row = MergedRow(self.law(rows), target.law_map, point).row
+        row = target.change(MergedRow(self.law(rows), target.law_map).row, start, stop)
+        if point is not None:
+            row = Row(_at_a_point(row.logits, point))
         return CoarseRow(row, lambda model: MergedRow(model, target.model_map, point))
+
+
+@dataclass(frozen=True, eq=False)
+class Lifted(Merged):
+    """A law over cells of which some entries are told row by row: what lifting onto a larger vocabulary changes.
+
+    Args:
+        event, entry, logp: ``[m]`` at row ``event``, the cell ``entry`` has this log-probability (nats) instead.
+    """
+
+    event: Int[Tensor, " m"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    entry: Int[Tensor, " m"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    logp: Float[Tensor, " m"] = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds beside its leaves (the maps are constants)."""
+        return (self.present, self.event, self.entry, self.logp)
+
+    def rebuild(self) -> Callable[[Iterator[Linear], Iterator[Tensor | None]], Merged]:
+        """What makes it again of its leaves and tensors, holding neither."""
+        model_map, law, law_map = self.model_map, self.law.rebuild(), self.law_map
+
+        def again(leaves: Iterator[Linear], tensors: Iterator[Tensor | None]) -> Lifted:
+            present, event, entry, logp = (next(tensors) for _ in range(4))
+            return Lifted(model_map, law(leaves, tensors), law_map, present, event, entry, logp)  # type: ignore[arg-type]
+
+        return again
+
+    def change(self, row: Row, start: int, stop: int) -> Row:
+        """The merged rows ``start`` to ``stop`` with their own entries."""
+        here = ((self.event >= start) & (self.event < stop)).nonzero()[:, 0]
+        if not len(here):
+            return row
+        # Normalised on the merged entries, before any of them changes.
+        logits = row.logits - row.normaliser
+        logp = (self.logp[here].to(logits.dtype) * LOG2E).clamp(min=FLOOR)
+        return Row(logits.index_put((self.event[here] - start, self.entry[here]), logp))

@@ -226,6 +226,44 @@ class Tempered(Target):
 
 
 @dataclass(frozen=True)
+class Lift(Target):
+    """The law of a model with another tokenizer, lifted onto the student's vocabulary, which extends the model's.
+
+    A new token n that the model reads as ``v_1 ... v_m`` gets ``tau(n | x) = prod_j p(v_j | x, v_<j)``, less what goes
+    to longer new tokens that begin with it, and an old token what is left of ``p(v | x)``. Matching the model itself
+    instead adds the student's new tokens to their first pieces: that takes no further forward pass, but does not see
+    how mass divides between a new token and its first piece. By the data-processing inequality that is the smaller
+    divergence. Source: KL-based self-distillation for large language models (2025); the construction is exact whatever
+    the paper's own may be.
+
+    Args:
+        target: the model.
+        threshold: a beginning of a new token with less probability than this is not followed: the new tokens behind it
+            get 0, and it keeps its mass. Each one that is followed costs the model a forward pass.
+
+    Examples:
+        >>> Lift(Teacher(), threshold=1e-3).handles
+        (Handle(name='teacher'),)
+    """
+
+    target: Handle
+    threshold: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, Handle):
+            raise RecipeError("Lift takes the name of a model, such as Teacher(), not an expression over several.")
+        if not 0 <= self.threshold < 1:
+            raise RecipeError(f"the threshold of Lift is a probability from 0 to below 1, not {self.threshold}.")
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        return self.target.handles
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        raise RecipeError("a lifted law is made over the whole vocabulary, not told from sampled tokens; use Exact().")
+
+
+@dataclass(frozen=True)
 class Geometric:
     """A law of whole sequences, ``prod_k model_k(y|x) ** w_k`` up to a function of the prompt.
 

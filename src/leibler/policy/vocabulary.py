@@ -23,7 +23,9 @@ from leibler.policy.tokens import right_pad
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Rest = Literal["first piece", "bucket"]
+    from leibler.policy.extension import Lifting
+
+Rest = Literal["first piece", "bucket", "left out"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ def common_cells(
 
     Args:
         student, teacher: the models.
-        rest: ``"first piece"`` as above, or ``"bucket"``: all entries without a twin in one cell.
+        rest: ``"first piece"`` as above; ``"bucket"``: all entries without a twin in one cell; ``"left out"``: nowhere.
 
     Returns:
         The maps of the student's and of the teacher's entries.
@@ -129,13 +131,13 @@ def common_cells(
             if number in here.stop:
                 cell[side][number] = end
             else:
-                (left if number in roles or rest == "bucket" or not piece else open_)[side].append(number)
+                (left if number in roles or rest != "first piece" or not piece else open_)[side].append(number)
     for side, number, found in _by_first_piece(sides, open_, cell):
         if found >= 0:
             cell[side][number] = found
         else:
             left[side].append(number)
-    if all(left):
+    if all(left) and rest != "left out":
         join(*left)
     maps = [VocabularyMap(torch.tensor(numbers), cells) for numbers in cell]
     return maps[0], maps[1]
@@ -216,10 +218,15 @@ class TextAlignment:
     def __init__(self, student: CausalLM, teacher: CausalLM, rest: Rest = "first piece") -> None:
         self.student, self.teacher = student, teacher
         self.maps = common_cells(student, teacher, rest)
-        self._spelt = spelling(student.tokenizer), spelling(teacher.tokenizer)
-        special = self._spelt[1].special
+        self.spelt = spelling(student.tokenizer), spelling(teacher.tokenizer)
+        special = self.spelt[1].special
         # One byte each, below 0x80 or not: those that are text by themselves are never asked for.
-        self._bytes = {p[0]: n for n, p in enumerate(self._spelt[1].pieces) if p and len(p) == 1 and n not in special}
+        self._bytes = {p[0]: n for n, p in enumerate(self.spelt[1].pieces) if p and len(p) == 1 and n not in special}
+
+    @cached_property
+    def twins(self) -> tuple[VocabularyMap, VocabularyMap]:
+        """Maps in which only entries that mean the same share a cell."""
+        return common_cells(self.student, self.teacher, "left out")
 
     def to(self, device: torch.device | str) -> TextAlignment:
         self.maps = (self.maps[0].to(device), self.maps[1].to(device))
@@ -256,15 +263,15 @@ class TextAlignment:
         """Prompt and response in the teacher's tokens and, for each number of the student's tokens of the response, how
         many of the teacher's have read the same (None: it stands inside one of them)."""
         begin = self.student.tokenizer.bos_token_id
-        said, _ = self._spelt[0].read(prompt[1:] if prompt[0] == begin else prompt)
+        said, _ = self.spelt[0].read(prompt[1:] if prompt[0] == begin else prompt)
         ended = bool(response) and response[-1] in self.student.stop_ids
-        text, ends = self._spelt[0].read(response[:-1] if ended else response)
-        tokens, there = self._encode(text)
+        text, ends = self.spelt[0].read(response[:-1] if ended else response)
+        tokens, there = self.encode(text)
         count = dict(zip(there, range(len(there)), strict=True))
         return self.teacher.encode_prompt(valid_text(said)[0]), tokens, [count.get(at) for at in (0, *ends)]
 
-    def _encode(self, data: bytes) -> tuple[list[int], list[int]]:
-        """A response in the teacher's tokens, and the bytes that are read before the first and after each.
+    def encode(self, data: bytes) -> tuple[list[int], list[int]]:
+        """What was written, in the teacher's tokens, and the bytes that are read before the first and after each.
 
         Where a student samples bytes that are no text, a teacher with tokens for single bytes reads them one by one;
         another one reads no further.
@@ -284,7 +291,7 @@ class TextAlignment:
 
     def _encode_text(self, text: str) -> tuple[list[int], list[int]]:
         tokens = list(self.teacher.tokenizer.encode(text, add_special_tokens=False))
-        spelt, ends = self._spelt[1].read(tokens)
+        spelt, ends = self.spelt[1].read(tokens)
         if spelt == text.encode() and len(ends) == len(tokens):
             return tokens, ends
         # It changes what it reads, or does not know it all: then its own account of which characters it took.
@@ -298,6 +305,13 @@ class TextAlignment:
         return tokens, [
             before[end] if end <= following else -1 for (_, end), following in zip(spans, after, strict=True)
         ]
+
+    @cached_property
+    def lifting(self) -> Lifting:
+        """Of the teacher's law onto the student's vocabulary, where that extends the teacher's."""
+        from leibler.policy.extension import Lifting
+
+        return Lifting(self)
 
     def merged(self, law: TargetRows, reading: Reading) -> Merged:
         """A law over the teacher's entries at the events of a reading, as the target of the student's."""

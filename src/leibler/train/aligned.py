@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from leibler.errors import RecipeError
 from leibler.fused import Linear, TargetRows
 from leibler.fused.coarse import OtherVocabulary
 from leibler.objective.needs import LogProb, TokenDivergence
-from leibler.objective.targets import Target
+from leibler.objective.targets import Lift, Target
 from leibler.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
                 f"responses are sampled from {handle.name!r}, whose tokenizer is not the student's; sample from the "
                 "student, or write the responses to a file first and train on that."
             )
+    lifted: set[str] = set()
     for need in recipe.needs():
         if isinstance(need, LogProb) and need.of.name in others:
             raise RecipeError(
@@ -44,6 +46,8 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
             )
         if isinstance(need, TokenDivergence):
             names = {handle.name for handle in need.to.handles}
+            if isinstance(need.to, Lift) and names & others.keys():
+                lifted |= names
             if names & others.keys() and len(names) > 1:
                 raise RecipeError(
                     f"a target combines {', '.join(sorted(names))}, whose tokenizers differ; match each of them in a "
@@ -53,6 +57,8 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
     for model in others.values():
         if id(model) not in made:
             made[id(model)] = TextAlignment(policy, model).to(policy.device)
+    for name in lifted:
+        _ = made[id(others[name])].lifting  # what cannot be lifted is said now, not at the first step
     return {name: made[id(model)] for name, model in others.items()}
 
 
@@ -66,8 +72,23 @@ def target_rows(
     leaves: Mapping[str, Linear],
     alignments: Mapping[str, TextAlignment],
     readings: Mapping[str, Reading],
+    states: Callable[[str, Tensor, Tensor], Tensor],
+    limit: int,
 ) -> TargetRows | OtherVocabulary:
-    """The rows of a target from those of its models, over common cells where they have another tokenizer."""
+    """The rows of a target from those of its models, over common cells where they have another tokenizer.
+
+    Args:
+        target: the expression.
+        leaves: the heads of its models at the events.
+        alignments, readings: of the models of another tokenizer.
+        states: runs a model, by name; ``limit`` tokens at a time at most.
+        limit: see there.
+    """
     rows = TargetRows(tuple(leaves[h.name] for h in target.handles), target.combine)
     name = target.handles[0].name
-    return alignments[name].merged(rows, readings[name]) if name in readings else rows
+    if name not in readings:
+        return rows
+    alignment, reading = alignments[name], readings[name]
+    if isinstance(target, Lift):
+        return alignment.lifting.target(rows, reading, partial(states, name), target.threshold, limit)
+    return alignment.merged(rows, reading)

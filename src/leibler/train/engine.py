@@ -362,6 +362,9 @@ class Engine:
         unwrapped = model if isinstance(model, CausalLM) else self.models["policy"]
         return hidden.to(unwrapped.head()[0].dtype)
 
+    def _states_of(self, name: str, tokens: Tensor, attention: Tensor) -> Tensor:
+        return self._states(self.models[name], tokens, attention)
+
     def _linear(self, model: CausalLM, hidden: Tensor) -> Linear:
         return model.linear(hidden, self.temperature)
 
@@ -380,12 +383,13 @@ class Engine:
                     leaves[name], readings[name] = self._linear(model, event_states(states, reading)), reading
                 else:
                     leaves[name] = self._linear(model, self._event_hidden(model, rows))
-        return policy, [
-            stored.target(rows)
-            if (stored := self.stored.get(t.handles[0].name))
-            else target_rows(t, leaves, self.alignments, readings)
-            for t in plan.targets
-        ]
+            targets = [
+                stored.target(rows)
+                if (stored := self.stored.get(t.handles[0].name))
+                else target_rows(t, leaves, self.alignments, readings, self._states_of, self.micro_tokens)
+                for t in plan.targets
+            ]
+        return policy, targets
 
     def _target_models(self, plan: StreamPlan) -> list[str]:
         """The models in memory, beside the policy, whose rows the targets are made of."""
