@@ -130,7 +130,7 @@ def bias() -> None:
 def found(model: Linear, target: TargetRows | Coarse, divergence: object) -> tuple[float, torch.Tensor]:
     (values,) = functionals(model, [Want(divergence, 0)], [target])  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(values.sum(), model.weight)
-    return float(values.mean()), gradient
+    return float(values.detach().mean()), gradient
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from leibler.train.sources import Context
 from leibler.train.validation import validate
 
 if TYPE_CHECKING:
+    from leibler.cache import TeacherCache
     from leibler.data import Dataset
     from leibler.policy import CausalLM
 
@@ -46,8 +47,8 @@ def fit(
     student: CausalLM | str | Path,
     data: Any,
     out: str | Path,
-    teacher: CausalLM | str | Path | None = None,
-    models: Mapping[str, CausalLM | str | Path] | None = None,
+    teacher: CausalLM | TeacherCache | str | Path | None = None,
+    models: Mapping[str, CausalLM | TeacherCache | str | Path] | None = None,
     validation: Any = None,
     options: Options | None = None,
     resume: bool = False,
@@ -63,7 +64,8 @@ def fit(
         data: records (a file, ``task:NAME``, ``corpus:stdlib``, a Datasets object, a list of dicts), or a mapping of
             names to such when the recipe draws from several.
         out: the run directory; it must not hold another run.
-        teacher, models: the other models that the recipe names.
+        teacher, models: the other models that the recipe names; ``cache:DIR`` (or a `TeacherCache`) stands for one that
+            was run before, by ``leibler cache``.
         validation: held-out records.
         options, **changes: see `Options`; ``fit(..., steps=100)`` changes one.
         resume: go on with the run in ``out`` from its newest whole checkpoint.
