@@ -27,7 +27,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "inpo": {"group_size": 3, "steps_per_round": 2},
     "distillm": {},
 }
-"""Distillation, preferences, rewards; whitened advantages, controllers, surveys, dropped rows, snapshots, a replay buffer.
+"""Distillation, preferences, rewards; whitening, controllers, surveys, dropped rows, snapshots, a replay buffer.
 
 Three groups of two are uneven shares for two processes.
 """
