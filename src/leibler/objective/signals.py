@@ -305,8 +305,8 @@ class GroupNormalised(Shaper):
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         centred = value - group_mean(value, view.rows)
-        # Equal rewards must give 0, not rounding noise divided by eps.
-        centred = torch.where(group_spread(value, view.rows) > 0, centred, torch.zeros_like(centred))
+        # Equal rewards must give 0, not rounding noise divided by eps; NaN must stay, for a guard to see.
+        centred = torch.where(group_spread(value, view.rows) == 0, torch.zeros_like(centred), centred)
         if self.std is None:
             return centred
         if self.std == "batch":

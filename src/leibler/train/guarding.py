@@ -99,11 +99,12 @@ class Guarding:
         seen = diagnosis(parameters, result.metrics)
         about = {"seed": seed, "seen": seen, **result.metrics}
         guard, state = self.guards.non_finite, self.state["non_finite"]
-        where = ""
+        message, kept = f"step {step} was skipped ({seen})", {}
         if state["skipped"] <= guard.kept:
             folder = self.out / FOLDER if self.rank == 0 else self.out / FOLDER / f"process-{self.rank}"
-            where = f"; its batch is in {write_batch(folder, step, {s: v.rows for s, v in batch.items()}, about)}"
-        self._warn(step, "non_finite", f"step {step} was skipped ({seen}){where}")
+            path = write_batch(folder, step, {s: v.rows for s, v in batch.items()}, about)
+            kept = {"batch": str(path.relative_to(self.out))}
+        self._warn(step, "non_finite", message, **kept)
         self.state = {**self.state, "seen": seen}
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -170,6 +171,6 @@ class Guarding:
         """The factor on each term's coefficient."""
         return self.state["tripwire"]["raised"]
 
-    def _warn(self, step: int, guard: str, message: str) -> None:
-        self.journal.warning(step=step, guard=guard, message=message)
-        self.say(message)
+    def _warn(self, step: int, guard: str, message: str, **more: str) -> None:
+        self.journal.warning(step=step, guard=guard, message=message, **more)
+        self.say(message + "".join(f"; its {what} is in {self.out / path}" for what, path in more.items()))

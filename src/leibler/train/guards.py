@@ -188,7 +188,7 @@ def diagnosis(parameters: Mapping[str, nn.Parameter], metrics: Mapping[str, floa
 
 def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mapping[str, Any]) -> Path:
     """Write a batch aside: ``step-N.safetensors`` with tokens, masks and columns, ``step-N.json`` with the texts."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.safetensors"
     tensors: dict[str, Tensor] = {}
     for stream, rows in batch.items():
