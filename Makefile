@@ -6,6 +6,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.leibler-installed
+BENCH := $(VENV)/.leibler-bench-installed
 # The first interpreter that is new enough; `make PYTHON=/path/to/python test` overrides the search.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
@@ -46,7 +47,11 @@ lint: $(STAMP)  ## style and types
 	$(BIN)/ruff format --check src tests $(wildcard examples benchmarks)
 	$(BIN)/pyright
 
-bench: $(STAMP)  ## measured comparisons, both sides printed
+$(BENCH): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench: $(BENCH)  ## measured comparisons, both sides printed
 	@for script in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 soak: $(STAMP)  ## faults injected into runs, and every recipe for many steps; one table
