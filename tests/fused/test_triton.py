@@ -409,7 +409,19 @@ def test_sums_of_ones_own(own: SumForm, kernel_path: list[int]) -> None:
     assert_close(grads(values.sum(), model), grads(judge.sum(), model), 1e-5)
 
 
+class Doubled(ForwardKL):
+    """A divergence that computes otherwise than its parent, which has a kernel."""
+
+    def _value(self, model: Any, target: Any) -> tuple[Tensor, Any]:
+        values, saved = super()._value(model, target)
+        return 2 * values, saved
+
+    def _add_gradient(self, grad: Tensor, coefficient: Tensor, model: Any, target: Any, saved: Any) -> None:
+        super()._add_gradient(grad, 2 * coefficient, model, target, saved)
+
+
 UNFIT = [
+    Doubled(),
     SizeReader(),
     AboveMean(),
     AdaptiveKL(),

@@ -73,15 +73,28 @@ class Form:
     ceiling: float = HUGE
 
 
-@singledispatch
 def form(functional: object) -> Form | None:
     """The form of a functional, or None where it has none (a head that must be sorted, a function of the whole row).
+
+    A class that changes how its parent computes has no form either: the parent's would not be its own.
 
     Examples:
         >>> from leibler.divergence import AdaptiveKL
         >>> form(ForwardKL()) is None, form(AdaptiveKL()) is None
         (False, True)
     """
+    cls = type(functional)
+    stated = next(kind for kind in cls.__mro__ if kind in _form.registry)
+    if any(getattr(cls, name, None) is not getattr(stated, name, None) for name in _COMPUTING):
+        return None
+    return _form(functional)
+
+
+_COMPUTING = ("value", "add_gradient", "_value", "_add_gradient", "ceiling")
+
+
+@singledispatch
+def _form(functional: object) -> Form | None:
     return None
 
 
@@ -121,7 +134,7 @@ def _kl_term(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
     return torch.where(_near(x), first * excess(x), second - first - first * x)
 
 
-@form.register
+@_form.register
 def _(functional: ForwardKL) -> Form:
     return Form(
         sums=lambda e, _: (_kl_term(e.q, e.p, e.ratio),),
@@ -130,7 +143,7 @@ def _(functional: ForwardKL) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: ReverseKL) -> Form:
     return Form(
         sums=lambda e, _: (_kl_term(e.p, e.q, -e.ratio), e.p * e.ratio),
@@ -139,7 +152,7 @@ def _(functional: ReverseKL) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: Jeffreys) -> Form:
     forward, reverse = _formed(ForwardKL()), _formed(ReverseKL())
 
@@ -180,7 +193,7 @@ def _mixed(first: Tensor, second: Tensor, log_first: Tensor, x: Tensor, share: f
     )
 
 
-@form.register
+@_form.register
 def _(functional: JensenShannon) -> Form:
     beta = functional.beta
 
@@ -198,7 +211,7 @@ def _(functional: JensenShannon) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: SkewForwardKL) -> Form:
     if functional.lam == 0.0:
         return _formed(ForwardKL())
@@ -214,7 +227,7 @@ def _(functional: SkewForwardKL) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: SkewReverseKL) -> Form:
     if functional.lam == 0.0:
         return _formed(ReverseKL())
@@ -248,7 +261,7 @@ def _bounded_expm1(x: Tensor) -> Tensor:
     return torch.expm1(x.clamp(-1.0, 1.0))
 
 
-@form.register
+@_form.register
 def _(functional: PowerKernel) -> Form:
     if functional._limit is not None:
         return _scaled(_formed(functional._limit), functional.weight)
@@ -289,7 +302,7 @@ def _(functional: PowerKernel) -> Form:
 
 
 # --- distance and angle -----------------------------------------------------------------------------------------------
-@form.register
+@_form.register
 def _(functional: TotalVariation) -> Form:
     def sign(e: Entry) -> tuple[Tensor, Tensor]:
         gap = _gap(e)
@@ -307,7 +320,7 @@ def _(functional: TotalVariation) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: CauchySchwarz) -> Form:
     def sums(e: Entry, powers: Tensors) -> Tensors:
         # With r = q^2 / sum q^2 and u = p / q: the variance of u under r, about nearly its mean, over that mean's
@@ -335,7 +348,7 @@ def _(functional: CauchySchwarz) -> Form:
 
 
 # --- of the model alone -----------------------------------------------------------------------------------------------
-@form.register
+@_form.register
 def _(functional: Entropy) -> Form:
     return Form(
         sums=lambda e, _: (e.p * -e.logp,),
@@ -344,7 +357,7 @@ def _(functional: Entropy) -> Form:
     )
 
 
-@form.register
+@_form.register
 def _(functional: SampledLogProb) -> Form:
     def finish(facts: Facts, sums: Tensors) -> tuple[Tensor, Tensors]:
         return sums[0].masked_fill(sums[0] < -HUGE, -torch.inf), ()
@@ -357,14 +370,14 @@ def _(functional: SampledLogProb) -> Form:
 
 
 # --- a user's own -----------------------------------------------------------------------------------------------------
-@form.register
+@_form.register
 def _(functional: Swapped) -> Form | None:
     return form(functional.divergence.swapped())
 
 
-@form.register
+@_form.register
 def _(functional: SumForm) -> Form | None:
-    if type(functional).prelude is not SumForm.prelude or type(functional)._value is not SumForm._value:
+    if type(functional).prelude is not SumForm.prelude:
         return None  # needs the whole row first
 
     def slopes(e: Entry) -> Tensors:
