@@ -16,7 +16,7 @@ from prepare import prepare
 DOCS = ROOT / "docs"
 PAGES = ("index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory")
 PACKAGES = (
-    "divergence", "fused", "estimate", "objective", "policy", "data", "train", "recipes", "measure", "theory",
+    "divergence", "fused", "estimate", "objective", "policy", "data", "cache", "train", "recipes", "measure", "theory",
     "claims",
 )  # fmt: skip
 
@@ -85,7 +85,8 @@ def test_every_recipe_has_its_section():
     assert sections == set(METHODS)
     for slug, method in METHODS.items():
         module, name = method.where.split(":")
-        assert f"<!-- source: src/leibler/recipes/{module}.py {name} -->" in page, slug
+        module = f"leibler.recipes.{module}" if method.kind == "recipe" else module
+        assert f"<!-- source: src/{module.replace('.', '/')}.py {name} -->" in page, slug
 
 
 def test_sources_shown_exist():

@@ -279,8 +279,8 @@ selection = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Choose the data to learn from. Writes the kept records, and why each record was kept or left out.",
-    epilog="\b\nExample:\n  leibler select difference --data corpus:stdlib --teacher models/large --reference models/tiny "
-    "--share 0.5 --out kept.jsonl",
+    epilog="\b\nExample:\n  leibler select difference --data corpus:stdlib --teacher models/large "
+    "--reference models/tiny --share 0.5 --out kept.jsonl",
 )
 app.add_typer(selection)
 

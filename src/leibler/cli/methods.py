@@ -27,6 +27,11 @@ def show_method(slug: str, arguments: list[str], keys: bool = False) -> None:
     from leibler import recipes
 
     method = recipes.find(slug)  # before anything heavy is imported: a misspelt name is told at once
+    if method.kind != "recipe":
+        module, name = method.where.split(":")
+        print(f"{method.slug}: {method.summary}\n{method.title} ({method.year}), {method.family}\n")
+        print(f"On the command line: {method.command} --help\nIn Python: from {module} import {name}")
+        return
     from leibler.cli.building import PREFIX, recipe_from
     from leibler.cli.overrides import leaves, split
     from leibler.train import describe

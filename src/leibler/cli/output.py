@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
@@ -34,3 +36,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], width: int | 
         lines.append((start + (last[0] if last else "")).rstrip())
         lines += [" " * indent + more for more in last[1:]]
     return "\n".join(lines)
+
+
+class Working:
+    """A context that gives a function ``(done, total, tokens=None)``: progress with the time left.
+
+    A bar on a terminal, else a line now and then; with ``tokens`` done so far, also their number per second.
+    """
+
+    def __init__(self, label: str, quiet: bool = False) -> None:
+        self.label, self.quiet = label, quiet
+        self.progress: Any = None
+
+    def __enter__(self) -> Callable[..., None]:
+        return self._update
+
+    def _update(self, done: int, total: int, tokens: int | None = None) -> None:
+        from leibler.train.log import Progress
+
+        now = time.monotonic()
+        if self.progress is None:
+            self.progress = Progress(total, label=self.label, quiet=self.quiet, done=done)
+            self.first, self.began = tokens, now
+            return
+        rate = None if tokens is None else (tokens - (self.first or 0)) / max(now - self.began, 1e-9)
+        self.progress.update(done, {}, rate)
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.close()

@@ -22,13 +22,13 @@ __all__ = ["METHODS", "Method", "find", "function", "get", "names"]
 
 
 def names() -> list[str]:
-    """Every slug that `get` accepts.
+    """Every slug that `get` accepts: the methods that are trained. (`METHODS` has the others too.)
 
     Examples:
         >>> "minillm" in names()
         True
     """
-    return list(METHODS)
+    return [slug for slug, method in METHODS.items() if method.kind == "recipe"]
 
 
 def find(slug: str) -> Method:
@@ -43,7 +43,7 @@ def find(slug: str) -> Method:
         >>> find("minilm")
         Traceback (most recent call last):
         ...
-        leibler.errors.RecipeError: 'minilm' is not a known method (did you mean minillm or distillm?)...
+        leibler.errors.RecipeError: 'minilm' is not a known method (did you mean miniplm, minillm or distillm?)...
     """
     if slug in METHODS:
         return METHODS[slug]
@@ -57,9 +57,12 @@ def function(slug: str) -> Callable[..., Recipe]:
     """The function that builds a recipe; its keyword parameters are the method's.
 
     Raises:
-        RecipeError: no such slug.
+        RecipeError: no such slug, or a method that is not trained.
     """
-    module, name = find(slug).where.split(":")
+    method = find(slug)
+    if method.kind != "recipe":
+        raise RecipeError(f"{slug} is a {method.kind} and not trained by a recipe; use `{method.command}`.")
+    module, name = method.where.split(":")
     return getattr(importlib.import_module(f"leibler.recipes.{module}"), name)
 
 

@@ -20,9 +20,11 @@ class Method:
         slug: the name on the command line.
         title, year: of the paper (the year it was first made public).
         family: what kind of learning it belongs to.
-        kind: how it is used; ``"recipe"``: trained by ``leibler train``.
+        kind: how it is used; ``"recipe"``: trained by ``leibler train``; ``"selection"``: chooses data, by
+            ``leibler select``.
         summary: what it is for, in one line.
-        where: ``"module:function"`` inside `leibler.recipes`; the function returns the recipe.
+        where: ``"module:function"``; for a recipe inside `leibler.recipes`, and the function returns it.
+        command: what runs it on the command line, where that is not ``leibler train SLUG``.
     """
 
     slug: str
@@ -32,6 +34,7 @@ class Method:
     kind: str
     summary: str
     where: str
+    command: str = ""
 
     def to_dict(self) -> dict[str, str | int]:
         """As plain data, in the order of the fields."""
@@ -171,6 +174,26 @@ METHODS: dict[str, Method] = _table(
         "recipe",
         "Learn from the log-probabilities of the labels alone, at the best rate that is possible.",
         "distillation:transfer_limits",
+    ),
+    Method(
+        "miniplm",
+        "MiniPLM: Knowledge Distillation for Pre-Training Language Models",
+        2024,
+        "distillation",
+        "selection",
+        "Pre-train on the texts that a teacher reads well and a small model does not.",
+        "leibler.measure.selecting:miniplm",
+        "leibler select difference",
+    ),
+    Method(
+        "llkd",
+        "Learning with Less: Knowledge Distillation from Large Language Models via Unlabeled Data",
+        2024,
+        "distillation",
+        "selection",
+        "Learn from the labels that the teacher is sure of and the student is not.",
+        "leibler.measure.selecting:llkd",
+        "leibler select confident",
     ),
     Method(
         "ppo",

@@ -90,11 +90,11 @@ class Progress:
             self.bar, self.task = _bar(total, label, done)
             self.bar.start()
 
-    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float | None) -> None:
         if self.quiet:
             return
         shown = "  ".join(f"{k} {v:.4g}" for k, v in headline(metrics).items())
-        text = f"{shown}  {_count(tokens_per_second)} tok/s"
+        text = shown if tokens_per_second is None else f"{shown}  {_count(tokens_per_second)} tok/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, text=text)
             return

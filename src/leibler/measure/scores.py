@@ -1,0 +1,135 @@
+"""A few numbers for each record, to choose data by: how models read its completion, and how often it is solved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from leibler.divergence import Entropy, SampledLogProb
+from leibler.errors import DataError
+from leibler.fused import Want, functionals
+from leibler.measure.models import _linear, _padded
+from leibler.policy import CausalLM, sample, uniforms
+from leibler.policy.model import evaluating
+
+if TYPE_CHECKING:
+    from leibler.data import Dataset, Record
+
+Progress = Callable[[int, int], None]
+"""Called with the records done and their number."""
+
+
+def read(
+    model: CausalLM, records: Sequence[Record], batch_size: int = 16, *, progress: Progress | None = None
+) -> dict[str, list[float]]:
+    """How a model reads each completion: means over its tokens, the end token included.
+
+    Args:
+        model: the model.
+        records: with completions.
+        batch_size: completions read at a time; changes nothing but memory and rounding.
+        progress: is told how far it is.
+
+    Returns:
+        ``nll`` (nats per token), ``confidence`` (``exp(-nll)``: the geometric mean of the tokens' probabilities) and
+        ``uncertainty`` (the entropy of the next-token law over that of the uniform one, in [0, 1]); a list each, in
+        the order of the records.
+
+    Raises:
+        DataError: a record has no completion.
+
+    Examples:
+        >>> from leibler.data import Record
+        >>> from leibler.policy import character_tokenizer, tiny_llama
+        >>> model = tiny_llama(character_tokenizer("01+="), hidden=16, layers=1, heads=2)
+        >>> found = read(model, [Record("1+0=", completion="1"), Record("1+1=", completion="10")])
+        >>> sorted(found), len(found["nll"]), all(0 < c < 1 for c in found["confidence"])
+        (['confidence', 'nll', 'uncertainty'], 2, True)
+    """
+    pairs = []
+    for record in records:
+        if record.completion is None:
+            where = record.source or repr(record.prompt[:60])
+            raise DataError(f"{where} has no 'completion' to score; add one to each record.")
+        pairs.append((model.encode_prompt(record.prompt), model.encode_completion(record.completion)))
+    nll, entropy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
+    # Rows of similar length together: less padding.
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            rows = _padded(model, [pairs[i] for i in part])
+            token, mask = rows[0][:, 1:][rows[2]], rows[2]
+            wants = [Want(SampledLogProb()), Want(Entropy())]
+            numbers = functionals(_linear(model, *rows), wants, token=token, vocab=model.vocab_size).double().cpu()
+            owner = mask.nonzero()[:, 0].cpu()
+            length = mask.sum(1).cpu().double()
+            for out, values in ((nll, -numbers[0]), (entropy, numbers[1])):
+                out[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, owner, values) / length
+            if progress is not None:
+                progress(min(start + batch_size, len(order)), len(order))
+    largest = math.log(model.vocab_size)
+    return {
+        "nll": nll.tolist(),
+        "confidence": (-nll).exp().tolist(),
+        "uncertainty": (entropy / largest).clamp(0, 1).tolist(),
+    }
+
+
+def pass_rates(
+    model: CausalLM,
+    dataset: Dataset,
+    samples: int = 8,
+    *,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[float]:
+    """The share of a model's own answers to each record that are right.
+
+    Args:
+        model: the model.
+        dataset: questions with a checker; an answer counts as right when the checker gives 1.
+        samples: answers to each question.
+        temperature, max_new_tokens, seed: of the samples.
+        batch_size: answers sampled at a time; changes nothing but memory and rounding.
+        progress: is told how far it is.
+
+    Raises:
+        DataError: the data set has no checker.
+
+    Examples:
+        >>> from leibler.data import Addition
+        >>> from leibler.policy import character_tokenizer, tiny_llama
+        >>> task = Addition(digits=1)
+        >>> model = tiny_llama(character_tokenizer(task.alphabet), hidden=16, layers=1, heads=2)
+        >>> len(pass_rates(model, task.dataset(3), samples=2, max_new_tokens=2))
+        3
+    """
+    check = dataset.check
+    if check is None:
+        raise DataError(f"{dataset.name} has no checker; give every record an 'answer', or use task:NAME.")
+    if samples < 1:
+        raise DataError(f"a pass rate cannot be told from {samples} samples; draw at least one.")
+    numbers = uniforms(seed, "pass-rate", 0, rows=len(dataset) * samples, n=max_new_tokens)
+    each = max(batch_size // samples, 1)
+    rates: list[float] = []
+    for start in range(0, len(dataset), each):
+        records = dataset.records[start : start + each]
+        drawn = sample(
+            model,
+            [model.encode_prompt(record.prompt) for record in records],
+            uniforms=numbers[start * samples : (start + len(records)) * samples],
+            temperature=temperature,
+            group_size=samples,
+        )
+        right = [check(records[i // samples], model.decode(ids)) >= 1.0 for i, ids in enumerate(drawn.completions())]
+        rates += [sum(right[i * samples : (i + 1) * samples]) / samples for i in range(len(records))]
+        if progress is not None:
+            progress(len(rates), len(dataset))
+    return rates
