@@ -1,32 +1,38 @@
 """What the fused pass costs beyond the matrix products that it cannot avoid, side by side in one run.
 
-    python benchmarks/fused.py                                        # small
-    python benchmarks/fused.py --tokens 1024 --hidden 512 --target-hidden 1024 --vocab 32768
-    python benchmarks/fused.py --tokens 256 --hidden 896 --target-hidden 3584 --vocab 151936 --repeats 2
+    python benchmarks/fused.py [--threads 2] [--repeats 3]        # both sizes; --quick for a minute
+    python benchmarks/fused.py --threads 1                        # processor time: for a busy machine
+    python benchmarks/fused.py --tokens 512 --hidden 512 --target-hidden 1024 --vocab 32000 --only reverse_kl
 
 The products alone (model and target heads forward, two products backward, into buffers made once) are timed at every
-chunk size, and the *fastest* is what every divergence is compared with. Each time is the least of the repeats, and the
-sides take turns, so that a busy moment of the machine meets both.
+chunk size, and the *fastest* is what every row is divided by. Forward and backward pass together, with the gradients of
+hidden states and head; each time is the least of the repeats, whose order is drawn anew, so that neither a busy moment
+nor a place in the order meets one side alone. "Limit" is the head's gradient plus one chunk of both logits; peak is the
+resident memory beyond what was held before. Rows of less work than the products say what they are to be compared with.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import resource
+import random
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import _clock as shared
 from leibler import divergence
-from leibler.divergence import Entropy, JensenShannon, ReverseKL, SampledLogProb
-from leibler.fused import Linear, TargetRows, Want, functionals, linear_divergence, one_pass
-from leibler.fused.blocks import CHUNKS
+from leibler.divergence import Entropy, JensenShannon, ReverseKL, RowFunction, SampledLogProb, SumForm
+from leibler.fused import Linear, LowRank, TargetRows, Want, functionals, linear_divergence, one_pass
+from leibler.fused.blocks import CHUNKS, chunk_tokens
+
+SIZES = ((1024, 512, 1024, 32768), (256, 896, 3584, 151936))
+QUICK = ((512, 256, 512, 16384),)
+LONGER = "reverse_kl, 4 times the tokens (4.0)"
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,63 @@ def products(problem: Problem, chunk: int) -> Callable[[], None]:
     return run
 
 
-def fused(problem: Problem, d: divergence.Divergence) -> Callable[[], None]:
+def fused(problem: Problem, d: divergence.Divergence, **options: Any) -> Callable[[], None]:
     def run() -> None:
         m, t = problem.model, problem.target
         m.hidden.grad = m.weight.grad = None
-        linear_divergence(m.hidden, m.weight, t.hidden, t.weight, d).backward()
+        linear_divergence(m.hidden, m.weight, t.hidden, t.weight, d, **options).backward()
 
     return run
+
+
+def own_function(logp: Tensor, logq: Tensor) -> Tensor:
+    """A reverse KL as a user would write it; differentiated by autograd."""
+    return (logp.exp() * (logp - logq)).sum(-1)
+
+
+class OwnSums(SumForm):
+    """The same, stated as a sum and its derivative."""
+
+    def summands(self, logp: Tensor, logq: Tensor, prelude: Any) -> tuple[Tensor, ...]:
+        return (logp.exp() * (logp - logq),)
+
+    def derivatives(self, logp: Tensor, logq: Tensor, prelude: Any) -> tuple[Tensor, ...]:
+        return (logp.exp() * (logp - logq + 1),)
+
+    def combine(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return sums[0], (torch.ones_like(sums[0]),)
+
+
+def variations(problem: Problem) -> dict[str, Callable[[], None]]:
+    """ReverseKL with weights, a temperature, a mask, a frozen head, an adapter on the head, more tokens."""
+    d, n = ReverseKL(), problem.model.tokens
+    model = problem.model
+    frozen = replace(problem, model=replace(model, weight=model.weight.detach()))
+    g = torch.Generator().manual_seed(1)
+    rank = 16
+    factors = (torch.randn(n, rank, generator=g), torch.randn(model.vocab, rank, generator=g) * 0.01)
+    adapted = replace(frozen.model, low_rank=(LowRank(*(f.to(model.hidden.dtype).requires_grad_() for f in factors)),))
+    target = TargetRows((problem.target,))
+
+    def adapter() -> None:
+        model.hidden.grad = None
+        for pair in adapted.low_rank:
+            pair.hidden.grad = pair.weight.grad = None
+        one_pass(adapted, [Want(d, 0)], [target], lambda values, index: values[0] / n)[0].backward()
+
+    longer = Problem(
+        replace(model, hidden=model.hidden.detach().repeat(4, 1).requires_grad_()),
+        replace(problem.target, hidden=problem.target.hidden.repeat(4, 1)),
+    )
+    return {
+        "reverse_kl, token weights, temperature 0.7": fused(
+            problem, d, temperature=0.7, weight=torch.rand(n, generator=g) + 0.5
+        ),
+        "reverse_kl, 1/2 of the tokens masked (0.5)": fused(problem, d, weight=torch.arange(n) % 2 == 0),
+        "reverse_kl, head frozen": fused(frozen, d),
+        f"reverse_kl, head frozen, adapter of rank {rank}": adapter,
+        LONGER: fused(longer, d),
+    }
 
 
 def four_terms(problem: Problem, coupled: bool) -> Callable[[], None]:
@@ -104,12 +160,15 @@ def four_terms(problem: Problem, coupled: bool) -> Callable[[], None]:
 
 
 def least(runs: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """The least time of each, taking turns."""
-    best = dict.fromkeys(runs, float("inf"))
+    """The least time of each, after one run to warm up, in an order drawn anew for each repeat."""
+    for run in runs.values():
+        run()
+    best, order, draw = dict.fromkeys(runs, float("inf")), list(runs), random.Random(0)
     for _ in range(repeats):
-        for name, run in runs.items():
+        draw.shuffle(order)
+        for name in order:
             start = clock()
-            run()
+            runs[name]()
             best[name] = min(best[name], clock() - start)
     return best
 
@@ -132,47 +191,63 @@ def peak_megabytes(run: Callable[[], None]) -> float | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--target-hidden", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu, with --threads 1: a busy machine"
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", nargs="*", help="names of divergences (default: all)")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    problem = Problem.make(args.tokens, args.hidden, args.target_hidden, args.vocab, getattr(torch, args.dtype))
-    print(
-        f"{args.tokens} tokens, hidden {args.hidden} (target {args.target_hidden}), vocabulary {args.vocab}, "
-        f"{args.dtype}, {torch.get_num_threads()} threads, {args.clock} time, torch {torch.__version__}"
-    )
-    sizes = [c for c in CHUNKS if c <= args.tokens] or [args.tokens]
-    alone = {f"products, chunks of {c}": products(problem, c) for c in sizes}
-    chosen = args.only or divergence.names()
-    ours = {name: fused(problem, divergence.get(name)) for name in chosen}
-    if not args.only:
-        ours["4 functionals, one pass"] = four_terms(problem, coupled=False)
-        ours["4 functionals, coupled"] = four_terms(problem, coupled=True)
-    for run in (*alone.values(), *ours.values()):
-        run()
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    best = least(alone | ours, args.repeats, clock)
+def table(problem: Problem, only: Sequence[str], repeats: int, clock: Callable[[], float]) -> None:
+    """Every row at one size."""
+    model, target = problem.model, problem.target
+    tokens, vocab, hidden = model.tokens, model.vocab, model.hidden.shape[1]
+    dtype = model.weight.dtype
+    print(f"\n{tokens} tokens, hidden {hidden} (target {target.hidden.shape[1]}), vocabulary {vocab}, {dtype}")
+    alone = {f"products, chunks of {c}": products(problem, c) for c in ([c for c in CHUNKS if c <= tokens] or [tokens])}
+    ours = {name: fused(problem, divergence.get(name)) for name in only or divergence.names()}
+    if not only:
+        ours |= {
+            "own function of a row, by autograd": fused(problem, RowFunction(own_function)),
+            "own sums and derivatives": fused(problem, OwnSums()),
+            "4 functionals, one pass": four_terms(problem, coupled=False),
+            "4 functionals, coupled": four_terms(problem, coupled=True),
+            **variations(problem),
+        }
+    best = least(alone | ours, repeats, clock)
     limit = min(best[name] for name in alone)
-    print(f"{'':32}{'seconds':>10}{'ratio':>8}{'peak MB':>10}")
-    for name in best:
-        peak = peak_megabytes(ours[name]) if name in ours else None
-        print(f"{name:32}{best[name]:10.4f}{best[name] / limit:8.2f}{'' if peak is None else f'{peak:10.0f}'}")
-    gradient = args.vocab * args.hidden * 4 / 2**20
-    print(f"the head's gradient alone is {gradient:.0f} MB; all logits of both sides would be "
-          f"{2 * args.tokens * args.vocab * 4 / 2**20:.0f} MB")  # fmt: skip
-    print(f"highest resident memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+    def memory(tokens: int) -> tuple[float, float, int]:
+        """MB of the head's gradient and of one chunk of both logits, and the tokens of a chunk."""
+        chunk = min(tokens, chunk_tokens(vocab, hidden, 2))
+        return hidden * vocab * dtype.itemsize / 2**20, 2 * chunk * vocab * dtype.itemsize / 2**20, chunk
+
+    print(f"{'':46}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'/ limit':>9}")
+    for name, seconds in best.items():
+        line = f"{name:46}{seconds:9.3f}{seconds / limit:7.2f}"
+        if name in ours and (peak := peak_megabytes(ours[name])) is not None:
+            gradient, chunks, _ = memory(tokens * (4 if name == LONGER else 1))
+            line += f"{peak:9.0f}{peak / (gradient + chunks):9.2f}"
+        print(line, flush=True)
+    gradient, chunks, chunk = memory(tokens)
+    whole = 2 * tokens * vocab * dtype.itemsize / 2**20
+    print(
+        f"limit of memory: {gradient:.0f} MB (gradient of the head) + {chunks:.0f} MB (logits of {chunk} tokens, both "
+        f"sides); the logits of all tokens are {whole:.0f} MB"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = shared.options(__doc__, repeats=3)
+    parser.set_defaults(threads=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="one small size, in under a minute")
+    for name in ("tokens", "hidden", "target-hidden", "vocab"):
+        parser.add_argument(f"--{name}", type=int, help="a size of your own: give all four")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", nargs="*", default=(), help="names of divergences (default: all, and more rows)")
+    args = parser.parse_args(argv)
+    own = (args.tokens, args.hidden, args.target_hidden, args.vocab)
+    if any(own) and not all(own):
+        parser.error("--tokens, --hidden, --target-hidden and --vocab belong together: give all four")
+    unknown = sorted(set(args.only) - set(divergence.names()))
+    if unknown:
+        parser.error(f"no divergence is called {unknown[0]!r}: choose from {', '.join(divergence.names())}")
+    clock = shared.started(args)
+    for size in [own] if all(own) else QUICK if args.quick else SIZES:
+        table(Problem.make(*size, getattr(torch, args.dtype)), args.only, args.repeats, clock)
 
 
 if __name__ == "__main__":
