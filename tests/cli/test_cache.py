@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from leibler import cli
-from leibler.cache import TeacherCache
-from leibler.cache import write as write_module
+from leibler.cache import TeacherCache, write
+from leibler.cache.layout import save_array
 from train.running import RECORDS, student
 
 
@@ -97,10 +97,9 @@ def test_a_students_own_completions(place: Path, leibler: Any) -> None:
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
     place: Path, leibler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = write_module.__globals__  # the writer's module
-    monkeypatch.setitem(whole, "SHARD_TOKENS", 20)
-    monkeypatch.setattr(write_module, "__kwdefaults__", {**write_module.__kwdefaults__, "shard_tokens": 20})
-    saved = whole["save_array"]
+    module = sys.modules["leibler.cache.writer"]
+    monkeypatch.setattr(write, "__kwdefaults__", {**(write.__kwdefaults__ or {}), "shard_tokens": 20})
+    saved = save_array
     names: list[str] = []
 
     def interrupted(path: Path, array: Any) -> Any:
@@ -109,7 +108,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         return saved(path, array)
 
-    monkeypatch.setitem(whole, "save_array", interrupted)
+    monkeypatch.setattr(module, "save_array", interrupted)
     status, _, err = leibler(*MAKE)
     assert status == 130
     assert "what is finished stays in caches/sums: the same command goes on" in err

@@ -28,7 +28,7 @@ SMALLER = {
 }  # fmt: skip
 SAME = ("methods", "show", "--help", "--version")
 """Commands whose output depends on nothing but the library."""
-COMMANDS = ("methods", "show", "train", "measure", "report", "--version", "--help")
+COMMANDS = ("methods", "show", "train", "cache", "measure", "report", "--version", "--help")
 """Those that are run; ``verify`` and ``demo`` have tests of their own."""
 
 

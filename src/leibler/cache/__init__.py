@@ -9,6 +9,6 @@ from __future__ import annotations
 from leibler.cache.identity import fingerprint, tokenizer_hash
 from leibler.cache.rollouts import roll_out
 from leibler.cache.store import PREFIX, TeacherCache
-from leibler.cache.write import write
+from leibler.cache.writer import write
 
 __all__ = ["PREFIX", "TeacherCache", "fingerprint", "roll_out", "tokenizer_hash", "write"]

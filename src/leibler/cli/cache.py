@@ -54,7 +54,7 @@ def cache_command(
     if teacher is None or data is None or out is None:
         missing = next(n for n, v in (("--teacher", teacher), ("--data", data), ("--out", out)) if v is None)
         raise RunError(f"{missing} was not given; `leibler cache --help` has an example.")
-    from leibler.cache.write import begun
+    from leibler.cache.writer import begun
 
     begun(out)  # before anything is loaded
     try:
