@@ -142,10 +142,9 @@ def _described(cache: Any) -> str:
     size = sum((cache.folder / name).stat().st_size for name in names)
     full = 2 * cache.manifest.vocab
     each = size / cache.tokens
-    return (
-        f"{len(cache.index)} different completions, {cache.tokens} tokens, top {cache.manifest.k} of {cache.manifest.vocab} "
-        f"entries, {each:.0f} bytes per token (1/{full / each:.3g} of bf16 logits)"
-    )
+    kept = f"top {cache.manifest.k} of {cache.manifest.vocab} entries"
+    cost = f"{each:.0f} bytes per token (1/{full / each:.3g} of bf16 logits)"
+    return f"{len(cache.index)} different completions, {cache.tokens} tokens, {kept}, {cost}"
 
 
 def _sampled(file: Path, counts: dict[str, int]) -> str:
