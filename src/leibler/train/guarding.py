@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from leibler.train.journal import Journal
 
 FOLDER = "guards"
+EMPTY_DRAWS = 20
+"""Draws in a row that may leave no row to learn from before the run stops with a diagnosis."""
 
 
 class Guarding:
@@ -52,19 +54,23 @@ class Guarding:
         """A stage sets a response aside."""
         self.failures.append({"source": record.source, "reason": reason, "prompt": record.prompt, "response": text})
 
-    def after_draw(self, draw: int, rows: int) -> None:
+    def after_draw(self, draw: int, rows: int) -> bool:
         """Write down what the stages of a draw set aside, in all processes; ``rows`` are left in this one.
 
+        Returns True if a row to learn from is left in some process.
+
         Raises:
-            RunError: the reward has failed for every response for too long.
+            RunError: the reward has failed for every response, or no row was left, for too long.
         """
         shares = self.gather((rows, self.failures))
         self.failures = []
         failures = [f for _, share in shares for f in share]
         guard, before = self.guards.rewards, self.state["rewards"]
         last = failures[-1]["reason"] if failures else before["last"]
-        state = guard.observe(before, len(failures), sum(rows for rows, _ in shares), last)
-        self.state = {**self.state, "rewards": state}
+        left = sum(rows for rows, _ in shares)
+        state = guard.observe(before, len(failures), left, last)
+        empty = 0 if left else self.state["empty"] + 1
+        self.state = {**self.state, "rewards": state, "empty": empty}
         for failure in failures:
             self.journal.set_aside(draw=draw, **failure)
         if failures and not before["failed"]:
@@ -75,6 +81,13 @@ class Guarding:
                 f"the reward failed for every response of {state['in_a_row']} draws in a row: it {last}; mend it (the "
                 f"responses are in {self.aside}) and go on with: leibler train --resume {self.out}."
             )
+
+        if empty >= EMPTY_DRAWS:
+            raise RunError(
+                f"{empty} draws in a row left no row to learn from; the stages drop every group: check the reward or "
+                "the judge on samples.jsonl."
+            )
+        return left > 0
 
     @property
     def aside(self) -> Path:
@@ -160,7 +173,7 @@ class Guarding:
         """Forget what ended the run: whoever goes on with it has mended something."""
         fresh = self.guards.init()
         kept = {k: {**self.state[k], "in_a_row": fresh[k]["in_a_row"]} for k in ("non_finite", "rewards")}
-        self.state = {**self.state, **kept}
+        self.state = {**self.state, **kept, "empty": 0}
 
     def put(self, state: State, *, undone: bool = False) -> None:
         """Take over the state of a checkpoint; where the run itself went back, not what the tripwire saw since."""

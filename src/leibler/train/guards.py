@@ -166,6 +166,7 @@ class Guards:
             "tripwire": self.tripwire.init(),
             "rewards": self.rewards.init(),
             "drifts": [d.init() for d in self.drifts],
+            "empty": 0,
         }
 
     def drifted(self, state: State, metrics: Mapping[str, float]) -> tuple[State, list[str]]:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
-from leibler.objective.signals import Signal, StepEnd, Validation
+from leibler.objective.signals import StepEnd, Validation
 from leibler.safety import printable
 from leibler.train import checkpoint, durable, environment, rollouts, run_file, setup, sharding, stored
 from leibler.train.aligned import alignments
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from leibler.data import Dataset
     from leibler.policy import CausalLM
 
-EMPTY_DRAWS = 20
-"""Draws in a row that may leave no row to learn from before the run stops with a diagnosis."""
+T = TypeVar("T")
 
 
 def fit(
@@ -146,19 +145,7 @@ class _Trainer:
         policy = processes.together(lambda: self._load(student, teacher, models, data, validation, resume))
         self.blank = sharding.blank(policy) if processes.sharding else None
         processes.place(self.models.values(), self.modules.values())
-        groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
-        for name, module in self.modules.items():
-            rule = recipe.models[name]
-            assert isinstance(rule, Trained)
-            scale = rule.learning_rate / options.learning_rate if rule.learning_rate else 1.0
-            groups.append({"params": list(module.parameters()), "scale": scale})
-        self.raw_optimizer = torch.optim.AdamW(
-            groups,
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            weight_decay=options.weight_decay,
-            foreach=True,
-        )
+        self.raw_optimizer = setup.optimizer(policy, self.modules, recipe, options)
         # Prepared as if for evaluation: the engine adds the gradients up itself, once per optimiser step.
         prepared = self.accelerator.prepare_model(policy, device_placement=False, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(self.raw_optimizer)
@@ -187,7 +174,7 @@ class _Trainer:
         )
         self.step = self.draw = 0
         self.source_state = recipe.source.init()
-        self.stateful = _stateful(recipe)
+        self.stateful = recipe.stateful()
         self.states: dict[Hashable, Any] = {s: s.init() for s in self.stateful}
         self.stop = False
         self.last: dict[str, float] = {}
@@ -235,25 +222,15 @@ class _Trainer:
     def run(self) -> Run:
         self._begin()
         progress = Progress(self.options.steps, quiet=self.quiet or not self.main, done=self.step)
-        empty = 0
         try:
             with interruptible(self._request_stop):
                 while self.step < self.options.steps and not self._anywhere(self.stop):
                     self._refresh_rounds()
                     started = time.monotonic()
                     drawn = self.processes.together(self._draw)
-                    self._guarded(self.guarding.after_draw, self.draw - 1, sum(map(len, drawn.values())))
-                    if not self._anywhere(any(len(rows) for rows in drawn.values())):
-                        empty += 1
-                        if empty >= EMPTY_DRAWS:
-                            raise self.processes.agreed(
-                                RunError(
-                                    f"{empty} draws in a row left no row to learn from; the stages drop every group: "
-                                    "check the reward or the judge on samples.jsonl."
-                                )
-                            )
+                    rows = sum(map(len, drawn.values()))
+                    if not self._guarded(self.guarding.after_draw, self.draw - 1, rows):
                         continue
-                    empty = 0
                     if self._use(drawn, progress, started):
                         self._due()
                     else:
@@ -278,13 +255,14 @@ class _Trainer:
             self.accelerator.end_training()
         return Run(self.out, policy.eval(), self.last, self.validated)
 
-    def _guarded(self, guard: Callable[[int, Any], None], number: int, seen: Any) -> None:
-        """Ask a guard; where it ends the run, the run is saved so that it can be gone on with."""
+    def _guarded(self, guard: Callable[..., T], *given: Any, save: bool = True) -> T:
+        """Ask a guard; where it ends the run, the run is saved first, unless it is the weights that are at fault."""
         try:
-            guard(number, seen)
+            return guard(*given)
         except RunError as error:
             self.guarding.forgive()
-            self._save()
+            if save:
+                self._save()
             raise self.processes.agreed(error) from None
 
     def _anywhere(self, here: bool) -> bool:
@@ -339,7 +317,8 @@ class _Trainer:
             progress.update(self.step, self.last, speed(self.last, seconds))
             self._guarded(self.guarding.after_step, self.step, self.last)
             terms = frozenset(self.engine.names.values())
-            if self.guarding.tripped(self.step, self.last, terms, self._newest() is not None):
+            saved = self._newest() is not None
+            if self._guarded(self.guarding.tripped, self.step, self.last, terms, saved, save=False):
                 return False
             started = time.monotonic()
             if self.step >= self.options.steps:
@@ -519,12 +498,3 @@ class _Trainer:
             self._say(complaint)
         self.saved_at = self.step
         return state["environment"]
-
-
-def _stateful(recipe: Recipe) -> dict[Signal, Hashable]:
-    """The signals that keep state, in order, with the part that each belongs to."""
-    found: dict[Signal, Hashable] = {}
-    for signal_, owner in recipe.objective.walk():
-        if signal_.init() is not None:
-            found.setdefault(signal_, owner)
-    return found

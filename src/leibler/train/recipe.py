@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from leibler.errors import RecipeError
@@ -191,6 +191,14 @@ class Recipe:
         """Every need of every term and signal."""
         found = {n for term in self.objective.terms for n in term.needs()}
         return found | {n for signal, _ in self.objective.walk() for n in signal.needs()}
+
+    def stateful(self) -> dict[Signal, Hashable]:
+        """The signals that keep state, in order, with the part that each belongs to."""
+        found: dict[Signal, Hashable] = {}
+        for signal, owner in self.objective.walk():
+            if signal.init() is not None:
+                found.setdefault(signal, owner)
+        return found
 
     def handles(self) -> set[Handle]:
         """Every model that some part reads."""

@@ -147,6 +147,25 @@ def usable(
         return load(spec, needs=needs, set_aside=aside, refuse=refuse)
 
 
+def optimizer(
+    policy: CausalLM, modules: Mapping[str, torch.nn.Module], recipe: Recipe, options: Options
+) -> torch.optim.AdamW:
+    """AdamW over the policy's trained parameters and the side modules; ``scale`` is a group's rate by the run's."""
+    groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
+    for name, module in modules.items():
+        rule = recipe.models[name]
+        assert isinstance(rule, Trained)
+        scale = rule.learning_rate / options.learning_rate if rule.learning_rate else 1.0
+        groups.append({"params": list(module.parameters()), "scale": scale})
+    return torch.optim.AdamW(
+        groups,
+        lr=options.learning_rate,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        foreach=True,
+    )
+
+
 def _length(record: Record, policy: CausalLM, new: int, *, labels: bool) -> int:
     """Tokens of the longest row of a record, or an upper bound that is cheap to see.
 
