@@ -13,7 +13,7 @@ ROOT = Path(leibler.__file__).parent
 FORBIDDEN = {
     "eval", "exec", "compile", "__import__", "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve",
     "yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.FullLoader", "yaml.UnsafeLoader", "yaml.Loader",
-    "torch.load",     "torch.jit.load", "np.fromfile", "pandas.read_pickle", "os.system", "os.popen", "shell", "runpy", "code",
+    "torch.load", "torch.jit.load", "np.fromfile", "pandas.read_pickle", "os.system", "os.popen", "shell", "runpy",
 }  # fmt: skip
 ALLOWED = {
     "data/sandboxed.py": {"exec", "compile"},  # runs the generated program, after giving up everything else
