@@ -167,6 +167,22 @@ def test_a_tied_embedding_gets_both_gradients() -> None:
     assert_close(got, expected, 1e-12)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tied_head_costs_its_product_unless_the_embedding_is_frozen(frozen: bool) -> None:
+    g = torch.Generator().manual_seed(1)
+    embedding = torch.randn(13, 6, generator=g, dtype=torch.float64).requires_grad_(not frozen)
+    layer = torch.randn(6, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    _, target, token = heads(bias=False)
+    hidden = torch.tanh(embedding[torch.randint(0, 13, (23,), generator=g)]).mm(layer)
+    model = Linear(hidden, embedding, None, 0.7)
+    with Products() as products:
+        total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
+    assert products.count == 23 * 13 * (6 + 12 + 6 + 6 * (not frozen))
+    got = torch.autograd.grad(total, [layer] + [embedding] * (not frozen))
+    expected = torch.autograd.grad(four(model, target, token).sum(), [layer] + [embedding] * (not frozen))
+    assert_close(list(got), list(expected), 1e-12)
+
+
 def test_several_targets_and_expressions_over_them() -> None:
     model, first, token = heads(seed=0)
     _, second, _ = heads(seed=9, temperature=1.3)

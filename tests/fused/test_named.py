@@ -169,3 +169,44 @@ def test_columns_outside_both_supports(name: str) -> None:
     full, dense = run(model, leaf), run(small(model), small(leaf))
     assert_close(full.detach(), dense.detach(), 1e-5)
     assert_close(grads(full, model), grads(dense, model), 1e-4)
+
+
+@pytest.mark.parametrize("name", list(FORMULAS))
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_padding_masks_temperatures_and_any_cut_together(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads padded to different sizes, tokens left out, the number of tokens no multiple of a chunk or a block."""
+    params, formula = FORMULAS[name]
+    cases = [(23, 64, 0.5), (22, 5, 1.0), (1, 1, 2.0), (19, 7, 1.5)]
+    for k, (tokens, chunk, hotter) in enumerate(cases):
+        monkeypatch.setattr(sweep, "chunk_tokens", lambda *a, c=chunk, **o: c)
+        monkeypatch.setattr(sweep, "block_rows", lambda *a, r=3 + k, **o: r)
+        temperature = 3.0 * hotter
+        model, target, _ = heads(
+            tokens, vocab=16, target_vocab=19, dtype=dtype, temperature=temperature, bias=k % 2 == 0, seed=k
+        )
+        leaf = target.leaves[0]
+        weight = [None, torch.arange(tokens) % 3 != 1, torch.linspace(0.5, 2.0, tokens), None][k]
+        out = linear_divergence(
+            model.hidden,
+            model.weight,
+            leaf.hidden,
+            leaf.weight,
+            get(name, **params),
+            model_bias=model.bias,
+            target_bias=leaf.bias,
+            temperature=temperature,
+            weight=weight,
+            vocab=13,
+        )
+        lp, lq = dense_logp(model, 13), dense_logp(leaf, 13)
+        w = torch.ones(tokens, dtype=torch.float64) if weight is None else weight.double()
+        expected = (formula(lp, lq) * w).sum() / w.sum()
+        size = max(1.0, lp.abs().max().item(), lq.abs().max().item())
+        assert_close(out.detach(), expected.detach(), TOLERANCE[dtype] * size)
+        got = grads(out, model)
+        assert_close(got, grads(expected, model), TOLERANCE[dtype] * size)
+        assert all(g[13:].abs().max() == 0 for g in got[1:])
+        if weight is not None and weight.dtype == torch.bool:
+            assert got[0][~weight].abs().max() == 0
