@@ -51,6 +51,12 @@ class Processes:
         """
         from accelerate import Accelerator
 
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise RunError(
+                "DeepSpeed would take over the optimiser steps that Leibler makes itself; weights are shared out as in its "
+                "ZeRO-3 with the configuration fsdp2 (see `leibler config`), and as in ZeRO-2 with "
+                "fsdp_reshard_after_forward: false in it."
+            )
         sharding = _sharding()
         # Where the option was left alone, Accelerate's own configuration counts.
         set_there = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

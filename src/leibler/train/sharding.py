@@ -145,8 +145,12 @@ def fill(empty: CausalLM, model: CausalLM) -> CausalLM:
     found = weights(model, keep=here)
     if not here:
         return model
-    named = {name: found[names[0]] for names, _ in _tensors(model) for name in names}
-    empty.load_state_dict(named, assign=True)
+    groups = [names for names, _ in _tensors(model)]
+    empty.load_state_dict({name: found[names[0]] for names in groups for name in names}, assign=True)
+    for first, *others in groups:
+        for other in others:  # tied: one parameter again
+            owner, _, leaf = other.rpartition(".")
+            setattr(empty.get_submodule(owner), leaf, empty.get_parameter(first))
     return empty
 
 
