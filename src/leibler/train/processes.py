@@ -53,8 +53,8 @@ class Processes:
 
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             raise RunError(
-                "DeepSpeed would take over the optimiser steps that Leibler makes itself; weights are shared out as in its "
-                "ZeRO-3 with the configuration fsdp2 (see `leibler config`), and as in ZeRO-2 with "
+                "DeepSpeed would take over the optimiser steps that Leibler makes itself; weights are shared out as in "
+                "its ZeRO-3 with the configuration fsdp2 (see `leibler config`), and as in ZeRO-2 with "
                 "fsdp_reshard_after_forward: false in it."
             )
         sharding = _sharding()
