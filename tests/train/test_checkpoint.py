@@ -131,3 +131,64 @@ def test_the_manifest_names_every_file(tmp_path):
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     assert set(manifest["files"]) == {p.name for p in path.iterdir()} - {checkpoint.MANIFEST}
     assert manifest["step"] == 5
+
+
+def test_another_version_of_the_format_is_refused(tmp_path):
+    path = write(tmp_path, 5)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    for version in (checkpoint.VERSION - 1, checkpoint.VERSION + 1):
+        (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "version": version}))
+        with pytest.raises(
+            RunError, match=f"has the format {version}, and this version of leibler reads 2; go on with"
+        ):
+            checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{}, {"state.json": ""}, {"../outside": ""}])
+def test_a_manifest_that_names_too_little_or_too_much(tmp_path, files):
+    path = write(tmp_path, 5)
+    manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+    named = manifest["files"] | files if "../outside" in files else files
+    (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "files": named}))
+    found, (complaint,) = checkpoint.latest(tmp_path)
+    assert found is None
+    assert ("lacks ../outside" if "../outside" in files else "names too few files") in complaint
+
+
+def test_tensors_in_a_state_stay_tensors(tmp_path):
+    module, optimizer = trained(0)
+    state = {
+        "source": {
+            "buffer": {"tokens": torch.arange(6).view(2, 3)[:, ::2], "mask": torch.tensor([True]), "none": None}
+        },
+        "signals": [{"x": torch.tensor(0.1, dtype=torch.float64)}, (1, 2)],
+        "text": "tensor:no such thing",
+    }
+    path = checkpoint.save(tmp_path, 1, {"policy": module}, optimizer, state)
+    back = checkpoint.load(path, {"policy": module}, optimizer)
+    assert torch.equal(back["source"]["buffer"]["tokens"], torch.tensor([[0, 2], [3, 5]]))
+    assert back["source"]["buffer"]["mask"].dtype == torch.bool
+    assert back["source"]["buffer"]["none"] is None
+    assert back["signals"][0]["x"].dtype == torch.float64
+    assert back["signals"][1] == [1, 2]
+    assert back["text"] == "tensor:no such thing"
+    with pytest.raises(RunError, match="the state /source has keys that are not text; JSON would change them"):
+        checkpoint.save(tmp_path, 2, {"policy": module}, optimizer, {"source": {1: 2}})
+    assert checkpoint.latest(tmp_path)[0] == path
+
+
+def test_what_a_killed_save_left_is_swept_away(tmp_path):
+    (tmp_path / ".writing-step-00000010").mkdir()
+    (tmp_path / ".writing-step-00000010" / "policy.safetensors").write_text("half")
+    (tmp_path / ".removing-step-00000001").mkdir()
+    path = write(tmp_path, 5)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_of_steps_that_are_done_again_push_out_nothing(tmp_path):
+    """With one kept, a spoilt newer one must not count as the one."""
+    write(tmp_path, 5)
+    damage(write(tmp_path, 15, keep=9), "torn")
+    newest = write(tmp_path, 10, keep=1)
+    assert checkpoint.latest(tmp_path) == (newest, [])
+    assert list(tmp_path.iterdir()) == [newest]

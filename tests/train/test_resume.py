@@ -159,6 +159,80 @@ def test_what_was_already_written_twice_is_cut_off(tmp_path):
     assert len((tmp_path / "run" / "timings.jsonl").read_text().splitlines()) == 6
 
 
+def test_what_breaks_bit_equality_is_told(tmp_path, capsys):
+    """And the run goes on."""
+    out = tmp_path / "run"
+    build = make("kd", {})
+    with pytest.raises(Stopped):
+        run(build(4), out, save_every=2)
+    state = json.loads((out / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["environment"].keys() >= {
+        "torch",
+        "threads",
+        "processes",
+        "cpu_capability",
+        "device",
+        "dtype",
+        "recipe",
+    }
+    # The same again: nothing to say but that a stage is gone, which stopped it.
+    run(build(4), out, save_every=2, resume=True, quiet=False, steps=4)
+    assert "because steps was 6 and is 4" in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        run(build(None), out, save_every=3, resume=True, quiet=False, learning_rate=0.02, keep=5)
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().err
+    changed = (
+        f"threads was {threads} and is {threads + 1}, the recipe is another one, learning_rate was 0.01 and is 0.02"
+    )
+    assert f"not bit-exact with an unbroken run, because {changed}\n" in said
+    assert (out / "final").exists()
+
+
+def test_an_unchanged_run_has_nothing_to_say(tmp_path, capsys):
+    build = make("kd", {})
+    run(build(None), tmp_path / "run", save_every=4)
+    run(build(None), tmp_path / "run", save_every=4, resume=True, quiet=False)
+    assert "bit-exact" not in capsys.readouterr().err
+
+
+def test_log_files_that_lost_lines_are_told(tmp_path, capsys):
+    build = make("kd", {})
+    with pytest.raises(Stopped):
+        run(build(4), tmp_path / "run", save_every=3)
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    run(build(None), tmp_path / "run", save_every=3, resume=True, quiet=False)
+    assert "metrics.jsonl lacks lines that were written before the checkpoint" in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 5, 6]
+
+
+def test_a_run_killed_in_its_set_up_is_begun_again(tmp_path):
+    """What stands there before run.yaml is whole is no run: the same command works."""
+    out = tmp_path / "run"
+    (out / "set_aside").mkdir(parents=True)
+    (out / ".writing-run.yaml").write_text("recipe: h")
+    run(make("kd", {})(None), out)
+    run(make("kd", {})(None), tmp_path / "whole")
+    assert written(out) == written(tmp_path / "whole")
+    assert not list(out.glob(".writing*"))
+
+
+def test_a_run_killed_while_its_model_was_written_goes_on(tmp_path):
+    build = make("kd", {})
+    run(build(None), tmp_path / "whole")
+    out = tmp_path / "run"
+    run(build(None), out)
+    (out / "final").rename(out / ".writing-final")
+    (out / ".writing-final" / "model.safetensors").write_bytes(b"half")
+    run(build(None), out, resume=True)
+    assert written(out) == written(tmp_path / "whole")
+    assert not list(out.glob(".writing*"))
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path

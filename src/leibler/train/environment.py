@@ -48,7 +48,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         'not bit-exact with an unbroken run, because threads was 2 and is 1'
     """
     changed = []
-    for name in (*before, *(n for n in now if n not in before)):
+    for name in (*now, *(n for n in before if n not in now)):
         was, is_ = before.get(name), now.get(name)
         if was != is_:
             short = name.removeprefix("option ")
