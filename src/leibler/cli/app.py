@@ -96,8 +96,8 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="student=DIR_OR_ID teacher=DIR_OR_ID models.NAME=DIR data=FILE_OR_TASK out=DIR steps= batch_size= "
-            "learning_rate= seed= save_every= max_new_tokens= recipe.KEY=VALUE ...",
+            help="student=DIR_OR_ID teacher=DIR_OR_ID|cache:DIR models.NAME=DIR data=FILE_OR_TASK out=DIR steps= "
+            "batch_size= learning_rate= seed= save_every= max_new_tokens= recipe.KEY=VALUE ...",
             metavar="KEY=VALUE",
         ),
     ] = None,
