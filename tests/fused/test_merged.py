@@ -150,6 +150,11 @@ def test_a_rare_cell_keeps_its_digits() -> None:
     cells = VocabularyMap(torch.tensor([0, 1, 1]), 2)
     exact = z.double().log_softmax(-1)[:, 1:].logsumexp(-1)
     assert float(cells(z)[0, 1]) == pytest.approx(float(exact), rel=1e-6)
+    beside = torch.cat([z, torch.zeros(1, 1)], dim=1)  # the large one is in a cell of several too
+    both = VocabularyMap(torch.tensor([0, 1, 1, 0]), 2)
+    exact_beside = beside.double().log_softmax(-1)[:, 1:3].logsumexp(-1)
+    pushed = both(beside).log_softmax(-1)
+    assert float(pushed[0, 1]) == pytest.approx(float(exact_beside), rel=1e-6)
     model = Linear(torch.ones(1, 1), z.T.clone().requires_grad_())
     even = TargetRows((Linear(torch.ones(1, 1), torch.zeros(2, 1)),))
     kl = functionals(model, [Want(ForwardKL(), 0)], [Merged(cells, even, VocabularyMap(torch.arange(2), 2))])[0]

@@ -133,6 +133,19 @@ def test_special_tokens_are_matched_by_their_part() -> None:
     assert len({here["⟨eos⟩"], here["⟨bos⟩"], here["⟨pad⟩"], here["<|turn|>"], here["a"]}) == 5
 
 
+def test_the_end_is_the_end_whatever_its_name() -> None:
+    """Each ends with a token that the other has too, for something else."""
+    sides = []
+    for end, other in (("<A>", "<B>"), ("<B>", "<A>")):
+        tokenizer = train_bpe(["ab"], size=259)
+        tokenizer.add_special_tokens({"eos_token": end, "additional_special_tokens": [other]})
+        sides.append(tiny(tokenizer))
+    here, there = _cells(*sides)
+    assert here["<A>"] == there["<B>"] >= 0
+    assert here["<B>"] != here["<A>"]
+    assert there["<A>"] != there["<B>"]
+
+
 def test_an_unknown_character_is_what_the_other_calls_unknown_or_left_out() -> None:
     narrow, wide = tiny(character_tokenizer("ab")), tiny(character_tokenizer("abc"))
     here, there = _cells(narrow, wide)
@@ -263,6 +276,18 @@ def test_a_cut_response_asks_for_no_end() -> None:
 
 
 def test_an_empty_prompt_and_an_empty_response() -> None:
-    reading = TextAlignment(SMALL, LARGE).read(*batch(SMALL, ("", ""), ("", "the")))
+    other = tiny(sentencepiece())  # whose begin token has another name
+    reading = TextAlignment(SMALL, other).read(*batch(SMALL, ("", ""), ("", "the")))
     assert bool(reading.present[0])
     assert bool(reading.present[1])
+    assert reading.tokens[:, 0].tolist() == [other.tokenizer.bos_token_id] * 2
+    assert reading.attention.sum(1).tolist()[0] == 1
+
+
+def test_a_tokenizer_that_changes_what_it_reads_tells_by_itself_where_it_stands() -> None:
+    lower = train_bpe(["be é c"], size=259)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    letters = tiny(character_tokenizer("BÉC bec"))
+    reading = TextAlignment(letters, tiny(lower)).read(*batch(letters, ("b", "BÉ C")))
+    assert bool(reading.present.all())
+    assert reading.place.tolist() == [0, 1, 3, 4, 5]  # both bytes of the letter are read at once

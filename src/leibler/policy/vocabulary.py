@@ -57,8 +57,10 @@ class _Side:
         out: list[int | None] = []
         for text, encoded in zip(texts, backend.encode_batch(plain, add_special_tokens=False), strict=True):
             token = encoded.ids[0] if encoded.ids and not self.spelling.lead else None
-            if token is None or not (token == unknown or text.startswith(pieces[token] or b"?")):
-                # A part of a character, or a tokenizer that changes how texts begin: the longest entry that fits.
+            begins = token is not None and token not in self.spelling.special and text.startswith(pieces[token] or b"?")
+            if token is None or not (token == unknown or begins):
+                # A part of a character, a name that is special here, a tokenizer that changes how texts begin: the
+                # longest entry that fits.
                 fits = (text[:n] for n in range(len(text), 0, -1) if text[:n] in by_text)
                 token = by_text.get(next(fits, b""))
             out.append(token)
@@ -300,11 +302,7 @@ class TextAlignment:
         before = [0]
         for character in text:
             before.append(before[-1] + len(character.encode()))
-        # Of tokens that share a character, only the last one has read it.
-        after = [*(start for start, _ in spans[1:]), len(text)]
-        return tokens, [
-            before[end] if end <= following else -1 for (_, end), following in zip(spans, after, strict=True)
-        ]
+        return tokens, [before[end] for _, end in spans]
 
     @cached_property
     def lifting(self) -> Lifting:
