@@ -1,6 +1,6 @@
 """Seconds of an on-policy training step: ``leibler.train.fit`` beside TRL's trainers.
 
-    python benchmarks/training.py [--threads 1] [--repeats 2] [--wall]
+    python benchmarks/training.py [--threads 1] [--repeats 1] [--wall]
 
 The same tiny Llama from one checkpoint, tokenizer, prompts, rows in a batch, group size, new tokens, precision
 (float32), optimiser (AdamW), clipping of gradients and learning rate on both sides. A step samples the responses,
@@ -14,7 +14,7 @@ scores them (GRPO) or asks the teacher (distillation), and takes one optimiser s
 
 What differs beside the point is left as each side has it by default, except: gradient checkpointing, bfloat16,
 reports and logging of TRL are off; here metrics are written at every step, as always. The time of a step is that
-between the ends of two steps, the first two are left out, the fastest of the others counts; the sides take turns.
+between the ends of two steps, the first is left out, the fastest of the others counts; the sides take turns.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from leibler.policy import character_tokenizer, tiny_llama
 from leibler.train import OnPolicy, Recipe, Score, fit
 
 ROWS, GROUP = 32, 8
+SIZES = [(4096, 64, 2), (16384, 128, 2), (4096, 256, 4)]
+"""Vocabulary, hidden, layers."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,8 @@ def cases(folder: Path, sizes: list[tuple[int, int, int]], steps: int, new: int)
 
 
 def main() -> None:
-    parser = shared.options(__doc__, repeats=2)
-    parser.add_argument("--steps", type=int, default=6, help="of each run (default 6; the first two do not count)")
+    parser = shared.options(__doc__, repeats=1)
+    parser.add_argument("--steps", type=int, default=5, help="of each run (default 5; the first does not count)")
     parser.add_argument("--new", type=int, default=32, help="new tokens of each response (default 32)")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -211,7 +213,7 @@ def main() -> None:
     print(f"{ROWS} rows a step, {arguments.new} new tokens; seconds per optimiser step")
     print(f"{'model':<18}{'method':<16}{'TRL trainer':<22}{'TRL':>8}{'leibler':>9}{'ratio':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(Path(folder), [(4096, 64, 2), (4096, 256, 4)], arguments.steps, arguments.new):
+        for case in cases(Path(folder), SIZES, arguments.steps, arguments.new):
             for method, trainer in (("grpo", "GRPO"), ("distillation", "Distillation"), ("gkd", "experimental GKD")):
                 seconds = {}
                 for _ in range(arguments.repeats):
