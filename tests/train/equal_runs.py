@@ -1,6 +1,6 @@
 """Whole runs of recipes whose numbers must not depend on how many processes share them; a program for each of those.
 
-python equal_runs.py OUT SLUG ...
+python equal_runs.py [--resume] OUT SLUG ...
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def differences(one: Path, two: Path, relative: float = 1e-5, absolute: float = 
 
 def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    out, *slugs = arguments
+    resume = arguments[0] == "--resume"
+    out, *slugs = arguments[resume:]
     for slug in slugs:
-        go(Path(out), slug)
+        go(Path(out), slug, resume=resume)
 
 
 if __name__ == "__main__":
