@@ -183,6 +183,9 @@ def test_models_that_follow_the_policy_do_not_follow_a_skipped_step(tmp_path):
 
 def same(out: Path, whole: Path, *names: str) -> None:
     assert written(out) == written(whole)
+    newest = [max((folder / "checkpoints").iterdir()) / "state.json" for folder in (out, whole)]
+    seen = [json.loads(path.read_text())["guards"] for path in newest]
+    assert seen[0] == seen[1]
     for name in names:
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -388,3 +391,63 @@ def test_entropy_that_collapses_is_told(tmp_path, capsys):
     (warning,) = [w for w in lines(tmp_path / "run", "warnings.jsonl") if "entropy" in w["message"]]
     assert warning["guard"] == "drift"
     assert capsys.readouterr().err.count("the entropy has collapsed: the mean entropy is") == 1
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import hashlib, os, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from leibler.train import Score
+from leibler.train.sources import Staged
+from train.conformance import reward
+from train.running import recipe, run
+
+class Uneven:
+    # The second process alone meets a reward that is no number in draw 1, and NaN in draw 3.
+    def __call__(self, rows, context):
+        if context.rank == 0:
+            return rows
+        def by(records, texts):
+            return [None if context.draw == 1 and i == 0 else r for i, r in enumerate(reward(records, texts))]
+        rows = Score(by)(rows, context)
+        if context.draw == 3:
+            rows = rows.with_columns(reward=torch.full_like(rows.columns["reward"], float("nan")))
+        return rows
+
+made = recipe("grpo", group_size=3)
+done = run(replace(made, source=Staged(made.source, Uneven())), Path(sys.argv[1]), steps=5, batch_size=12, save_every=1,
+           keep=9)
+state = b"".join(p.detach().numpy().tobytes() for p in done.policy.parameters())
+print("weights", hashlib.sha256(state).hexdigest(), bool(all(p.isfinite().all() for p in done.policy.parameters())))
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_skip_together(tmp_path):
+    """NaN in one of two processes skips the step in both; a response set aside in the second is in the file."""
+    import sys
+
+    from train.launching import finish, workers
+
+    out, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with workers([sys.executable, str(script), str(out)], tmp_path / "said") as both:
+        assert finish(both) == [0, 0], [one.text[-2000:] for one in both]
+        said = [line for one in both for line in one.text.splitlines() if line.startswith("weights")]
+    assert len(said) == 2
+    assert said[0] == said[1]
+    assert said[0].endswith("True")
+    assert [m["step"] for m in lines(out)] == [1, 2, 3, 4, 5]
+    assert [w["step"] for w in lines(out, "warnings.jsonl")] == [4]
+    saved = [(out / "checkpoints" / f"step-{n:08d}" / "policy.safetensors").read_bytes() for n in (3, 4, 5)]
+    assert saved[0] == saved[1] != saved[2]
+    assert [a["draw"] for a in lines(out, "set_aside/responses.jsonl")] == [1]
+    shares = [out / "guards" / "step-00000004.safetensors", out / "guards" / "process-1" / "step-00000004.safetensors"]
+    rows = [read_batch(path)["main"] for path in shares]
+    assert [len(r) for r in rows] == [6, 6]
+    assert [bool(r.columns["reward"].isnan().all()) for r in rows] == [False, True]
+    assert [m["rows"] for m in lines(out)] == [12, 11, 12, 12, 12]
