@@ -98,3 +98,25 @@ def test_infinity_is_written_as_text_in_json(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": "inf", "a/infinite": 2, "b": ["nan"]}
     show({"a": float("inf"), "a/infinite": 2, "b/infinite": 0}, as_json=False)
     assert capsys.readouterr().out == "a           inf\na/infinite  2\n"
+
+
+def test_agreement_and_memorisation_of_models(leibler, models):
+    a, b = map(str, models)
+    status, out, _ = leibler(
+        *("measure", "agreement", "--student", a, "--base", b, "--teacher", a),
+        *("--data", TASK, "--max-new-tokens", "3", "--json"),
+    )
+    found = json.loads(out)
+    assert status == 0
+    assert found["agreement"] == 1.0
+    assert found["gain"] == found["accuracy"] - found["base_accuracy"]
+    three = ("--student", a, "--teacher", a, "--baseline", b)
+    status, out, _ = leibler(
+        "measure", "memorisation", *three, "--data", TASK, "--prefix", "3", "--suffix", "1", "--json"
+    )
+    found = json.loads(out)
+    assert status == 0
+    assert found["texts"] == 10
+    assert found["student"] == found["teacher"] == found["easy"] + found["inherited"]
+    assert (found["own"], found["new"]) == (0, 0)
+    assert leibler("measure", "memorisation", *three, "--data", TASK)[0] == 2

@@ -273,6 +273,52 @@ def measure_accuracy(
     accuracy_command(model, data, samples, temperature, max_new_tokens, seed, limit, json)
 
 
+@_command(
+    "memorisation",
+    "leibler measure memorisation --student runs/kd/final --teacher models/large --baseline runs/sft/final "
+    "--data train.jsonl",
+    to=measure,
+)
+def measure_memorisation(
+    student: Annotated[str, typer.Option(help="The distilled model: a directory or a hub id.")],
+    teacher: Annotated[str, typer.Option(help="What it was distilled from.")],
+    baseline: Annotated[str, typer.Option(help="A model of the student's size, trained on the texts themselves.")],
+    data: Annotated[str, typer.Option(help="The texts that were trained on.")],
+    prefix: Annotated[int, typer.Option(help="Tokens that are shown.")] = 50,
+    suffix: Annotated[int, typer.Option(help="Tokens that must be recited.")] = 50,
+    limit: _Limit = None,
+    json: _Json = False,
+) -> None:
+    """What a distilled model recites of its training texts, and from whom it has it.
+
+    Also how well compression, likelihoods and the KL of teacher and baseline foretell it (area under the ROC curve).
+    """
+    from leibler.cli.measure import memorisation_command
+
+    memorisation_command(student, teacher, baseline, data, prefix, suffix, limit, json)
+
+
+@_command(
+    "agreement",
+    "leibler measure agreement --student runs/kd/final --base models/small --teacher models/large "
+    "--data task:addition:digits=2,n=200",
+    to=measure,
+)
+def measure_agreement(
+    student: Annotated[str, typer.Option(help="The distilled model: a directory or a hub id.")],
+    base: Annotated[str, typer.Option(help="The same model before, or trained without a teacher.")],
+    teacher: Annotated[str, typer.Option(help="What it was distilled from.")],
+    data: Annotated[str, typer.Option(help="Questions whose answers can be checked: a file or task:NAME.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    limit: _Limit = None,
+    json: _Json = False,
+) -> None:
+    """What a distilled model gained, how often it agrees with its teacher, and which errors it took over."""
+    from leibler.cli.measure import agreement_command
+
+    agreement_command(student, base, teacher, data, max_new_tokens, limit, json)
+
+
 selection = typer.Typer(
     name="select",
     no_args_is_help=True,

@@ -47,6 +47,51 @@ def accuracy_command(
     show(found, as_json)
 
 
+def memorisation_command(
+    student: str,
+    teacher: str,
+    baseline: str,
+    data: str,
+    prefix: int,
+    suffix: int,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """What a distilled student recites of training texts, and from whom it has it."""
+    from dataclasses import asdict
+
+    from leibler.data import load
+    from leibler.measure.memorisation import excerpts, foretold, inheritance, predictors, recited
+    from leibler.policy import CausalLM
+
+    records = load(data, needs=("prompt", "completion"), limit=limit)
+    models = {name: CausalLM.load(where) for name, where in (("student", student), ("teacher", teacher))}
+    models["baseline"] = CausalLM.load(baseline)
+    places = excerpts(models["student"], records, prefix, suffix)
+    recites = {name: [n == suffix for n in recited(model, places)] for name, model in models.items()}
+    found = inheritance(recites["student"], recites["teacher"], recites["baseline"])
+    result: dict[str, Any] = {"texts": len(places), **asdict(found), "student/baseline": found.of_baseline}
+    columns = predictors(models["teacher"], models["baseline"], places)
+    if min(found.student, len(places) - found.student) >= 5:
+        result["auc"] = foretold(columns, recites["student"])[0]
+    show(result, as_json)
+
+
+def agreement_command(
+    student: str, base: str, teacher: str, data: str, max_new_tokens: int, limit: int | None, as_json: bool
+) -> None:
+    """Whose answers a distilled student gives."""
+    from dataclasses import asdict
+
+    from leibler.data import load
+    from leibler.measure.fidelity import of_models
+    from leibler.policy import CausalLM
+
+    records = load(data, limit=limit)
+    found = of_models(*(CausalLM.load(m) for m in (student, base, teacher)), records, max_new_tokens)
+    show({**asdict(found), "gain": found.gain, "gap_closed": found.gap_closed}, as_json)
+
+
 def _divergence(text: str) -> Divergence:
     from leibler.cli.overrides import convert
     from leibler.divergence import Divergence, names

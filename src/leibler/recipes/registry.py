@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-FAMILIES = ("distillation", "policy", "preference")
-"""The families that have a recipe."""
+FAMILIES = ("distillation", "policy", "preference", "measurement")
+"""The families that have a method."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Method:
         title, year: of the paper (the year it was first made public).
         family: what kind of learning it belongs to.
         kind: how it is used; ``"recipe"``: trained by ``leibler train``; ``"selection"``: chooses data, by
-            ``leibler select``.
+            ``leibler select``; ``"measurement"``: measures, by ``leibler measure``.
         summary: what it is for, in one line.
         where: ``"module:function"``; for a recipe inside `leibler.recipes`, and the function returns it.
         command: what runs it on the command line, where that is not ``leibler train SLUG``.
@@ -248,6 +248,26 @@ METHODS: dict[str, Method] = _table(
         "recipe",
         "Self-play towards the Nash policy of a preference that no reward explains.",
         "preference:inpo",
+    ),
+    Method(
+        "memorization-dynamics",
+        "Memorization Dynamics in Knowledge Distillation for Language Models",
+        2026,
+        "measurement",
+        "measurement",
+        "What a distilled model recites of its training texts, and from whom it has it.",
+        "leibler.measure.memorisation:inheritance",
+        "leibler measure memorisation",
+    ),
+    Method(
+        "kd-fidelity",
+        "On the Generalization vs Fidelity Paradox in Knowledge Distillation",
+        2025,
+        "measurement",
+        "measurement",
+        "What distillation gained, how often student and teacher agree, and which errors were taken over.",
+        "leibler.measure.fidelity:fidelity",
+        "leibler measure agreement",
     ),
 )
 """Every method by its slug, in the order in which `leibler methods` lists them."""
