@@ -178,9 +178,30 @@ def test_a_tied_head_costs_its_product_unless_the_embedding_is_frozen(frozen: bo
     with Products() as products:
         total, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
     assert products.count == 23 * 13 * (6 + 12 + 6 + 6 * (not frozen))
-    got = torch.autograd.grad(total, [layer] + [embedding] * (not frozen))
+    got = torch.autograd.grad(total, [layer] + [embedding] * (not frozen), retain_graph=True)
     expected = torch.autograd.grad(four(model, target, token).sum(), [layer] + [embedding] * (not frozen))
     assert_close(list(got), list(expected), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [23, 9])
+def test_logits_left_for_the_backward_pass_are_those_that_would_be_formed(
+    dtype: torch.dtype, bias: bool, chunk: int, small_blocks
+) -> None:
+    """Bit for bit: the second backward pass finds none and forms them."""
+    small_blocks(chunk, 4)
+    model, target, token = heads(dtype=dtype, bias=bias)
+    values = functionals(model, FOUR, [target], token=token)
+    cotangent = torch.linspace(-1, 1, values.numel()).view_as(values).to(values.dtype)
+    with Products() as products:
+        first = torch.autograd.grad(values, parameters(model), cotangent, retain_graph=True)
+    spared = products.count
+    with Products() as products:
+        second = torch.autograd.grad(values, parameters(model), cotangent)
+    last = (23 - 1) % chunk + 1
+    assert products.count - spared == last * 13 * (6 + 12)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_several_targets_and_expressions_over_them() -> None:
@@ -238,7 +259,9 @@ def test_heads_that_differ_in_one_part_alone_are_not_shared() -> None:
 
 @pytest.mark.parametrize("frozen", ["", "head", "hidden", "all"])
 @pytest.mark.parametrize("engine", ["functionals", "one_pass"])
-def test_no_product_is_computed_for_what_is_frozen(frozen: str, engine: str) -> None:
+@pytest.mark.parametrize("chunk", [23, 10])
+def test_no_product_is_computed_for_what_is_frozen(frozen: str, engine: str, chunk: int, small_blocks) -> None:
+    small_blocks(chunk, 4)
     model, target, token = heads()
     hidden, head = frozen not in ("hidden", "all"), frozen not in ("head", "all")
     model.hidden.requires_grad_(hidden)
@@ -249,7 +272,8 @@ def test_no_product_is_computed_for_what_is_frozen(frozen: str, engine: str) -> 
     with Products() as products:
         if engine == "functionals":
             out = functionals(model, FOUR, [target], token=token).sum()
-            again = both if hidden or head else 0
+            # The last chunk's logits are still there.
+            again = {23: 0, 10: 20 * 13 * (6 + 12)}[chunk] if hidden or head else 0
         else:
             out, _ = one_pass(model, FOUR, [target], lambda v, i: v.sum(0), token=token)
             again = 0

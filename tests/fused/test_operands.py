@@ -124,7 +124,8 @@ def test_low_rank_pairs_are_a_second_product(
         got = torch.autograd.grad(total, trained)
     ranks = sum(pair.weight.shape[1] for pair in model.low_rank)
     forward = 23 * 12 * (6 + 12 + ranks + 3 * adapters)
-    assert products.count == forward * (1 + (engine == "functionals")) + 23 * 12 * (6 + 2 * ranks)
+    again = forward * 21 // 23 if engine == "functionals" else 0  # the last chunk's logits are still there
+    assert products.count == forward + again + 23 * 12 * (6 + 2 * ranks)
     lp, lq = dense(model, 12), dense(leaf.detached(), 12)
     expected = lp.gather(1, token[:, None]).sum() + (lp.exp() * (lp - lq)).sum()
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]

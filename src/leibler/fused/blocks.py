@@ -106,13 +106,18 @@ class Side:
             self.whole = bool((self.bias > OUTSIDE).all())
             outside = bias == -torch.inf
             self.outside = outside if bool(outside.any()) else None
+        self.formed: tuple[int, int] | None = None
+        self.biased = False
         device = head.weight.device
         self.logits = zeros((chunk, vocab), dtype, device)
         # Products in the blocks' own dtype are used in place; others are widened into a block of their own.
         self.wide = None if dtype == block else torch.empty(rows, vocab, dtype=block, device=device)
 
     def multiply(self, start: int, stop: int) -> None:
-        """Logits of the chunk of tokens ``start`` to ``stop``, into the buffer."""
+        """Logits of the chunk of tokens ``start`` to ``stop``, into the buffer, unless they are there."""
+        if self.formed == (start, stop):
+            return
+        self.formed, self.biased = (start, stop), False
         logits = self.logits[: stop - start]
         for k, (hidden, weight) in enumerate(self.products):
             hidden = hidden[start:stop]
@@ -121,11 +126,11 @@ class Side:
             torch.addmm(logits, hidden.to(weight.dtype), weight.T, beta=min(k, 1), out=logits)
 
     def rows(self, start: int, stop: int) -> Row:
-        """Rows ``start`` to ``stop`` of the chunk, base 2, bias added (so: once for each chunk)."""
+        """Rows ``start`` to ``stop`` of the chunk, base 2, bias added (in place, so: once for each chunk)."""
         logits = self.logits[start:stop]
         if self.wide is not None:
             logits = self.wide[: stop - start].copy_(logits).mul_(LOG2E / self.temperature)
-        if self.bias is not None:
+        if self.bias is not None and not (self.biased and self.wide is None):
             logits += self.bias
         return Row(logits, whole=self.whole)
 

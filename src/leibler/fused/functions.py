@@ -42,9 +42,10 @@ def functionals(
 ) -> Float[Tensor, "wants n"]:
     """A few numbers for each token, differentiable in the model's hidden states, weight and bias.
 
-    Only the numbers are kept. The backward pass forms each chunk's logits once more and multiplies by the cotangents
-    that arrive, so it is exact for any function of the result, however it couples the tokens; that costs 1.3 (no
-    target) to 1.8 times the single pass of :func:`one_pass`. Without gradients only values are computed.
+    The backward pass forms each chunk's logits once more and multiplies by the cotangents that arrive, so it is exact
+    for any function of the result, however it couples the tokens; that costs 1.3 (no target) to 1.8 times the single
+    pass of :func:`one_pass`. Until then the numbers are kept and the logits of the last chunk, which is not formed
+    again: tokens that fit one chunk cost little more than in one pass. Without gradients only values are computed.
 
     Args:
         model: the head that is differentiated (each gradient only where that tensor requires it).
@@ -161,13 +162,17 @@ class _Functionals(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *tensors: Tensor | None) -> Tensor:
         ctx.unpack, kept = plan.pack()
         ctx.save_for_backward(*kept)
-        return Sweep(plan).run()
+        sweep = Sweep(plan)
+        values = sweep.run()
+        ctx.left = sweep.leave()
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        sweep = Sweep(ctx.unpack(ctx.saved_tensors), ctx.needs_input_grad[1:])
-        sweep.run(lambda _values, start, stop: cotangent[:, start:stop])
+        left, ctx.left = ctx.left, None  # for one backward pass: it overwrites them
+        sweep = Sweep(ctx.unpack(ctx.saved_tensors), ctx.needs_input_grad[1:], left)
+        sweep.run(lambda _values, start, stop: cotangent[:, start:stop], from_end=True)
         return None, *sweep.gradients()
 
 

@@ -61,9 +61,10 @@ class Sweep:
         plan: what to compute.
         needs: which of the model's ``tensors`` a gradient is wanted for; a product that none of them needs is not
             computed.
+        sides: those of an earlier sweep over the same plan (see :meth:`leave`), instead of new buffers.
     """
 
-    def __init__(self, plan: Plan, needs: Sequence[bool] = ()) -> None:
+    def __init__(self, plan: Plan, needs: Sequence[bool] = (), sides: list[Side] | None = None) -> None:
         self.plan = plan
         self.needs = any(needs)
         model = plan.model
@@ -84,7 +85,7 @@ class Sweep:
         program = program_for(model, plan.wants, plan.targets, plan.token is not None)
         if program is not None:  # whole chunks at once, and no buffer for blocks of rows
             self.chunk, self.rows = min(kernel_chunk(model, len(everyone)), max(1, model.tokens)), 1
-        self.sides = [
+        self.sides = sides or [
             Side(head, entries, self.chunk, self.rows, product_dtype(head.weight), self.block)
             for head, entries in sizes.values()
         ]
@@ -125,12 +126,16 @@ class Sweep:
             return target.side(None if heads is None else heads.rows, self.block)
         return Mixed(target, [place[leaf.key, self.plan.vocab] for leaf in target.leaves], self.sides)
 
-    def run(self, coefficients: Coefficients | None = None) -> Float[Tensor, "wants n"]:
-        """All values; with ``coefficients``, the gradients are formed on the way."""
+    def run(self, coefficients: Coefficients | None = None, *, from_end: bool = False) -> Float[Tensor, "wants n"]:
+        """All values; with ``coefficients``, the gradients are formed on the way.
+
+        From the end, the first chunk is the one whose logits an earlier sweep left.
+        """
         n = self.plan.model.tokens
         # Grad mode off: buffers are written in place. Autocast off: dtypes are chosen here.
         with torch.no_grad(), torch.autocast(self.values.device.type, enabled=False):
-            for start in range(0, n, self.chunk):
+            starts = range(0, n, self.chunk)
+            for start in reversed(starts) if from_end else starts:
                 stop = min(start + self.chunk, n)
                 for side in self.sides:
                     side.multiply(start, stop)
@@ -141,7 +146,16 @@ class Sweep:
                     scales = [self._block(start, a, b, coefficients) for a, b in cuts]
                 if coefficients is not None and self.needs:
                     self._products(start, stop, torch.cat(scales))
+                    self.sides[0].formed = None  # its logits have made place for their gradient
         return self.values
+
+    def leave(self) -> list[Side] | None:
+        """The buffers with the logits of the last chunk in them, which the next sweep need not form again."""
+        if self.kernels is not None:
+            return None
+        for side in self.sides:
+            side.biased = True
+        return self.sides
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         """What has been accumulated for each of the model's ``tensors`` (None: not asked for), in its dtype."""
