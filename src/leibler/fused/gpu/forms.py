@@ -2,7 +2,8 @@
 
 A *form* is written in ordinary PyTorch operations on the entries of a row. It is traced and becomes part of a Triton
 kernel, so a functional is stated once and a user's own ``SumForm`` needs no kernel code. Sums are arranged so that
-close rows do not cancel: the terms of a divergence are of one sign, and small log-ratios never meet a normaliser.
+close rows do not cancel: the terms of a divergence are of one sign and of second order in the log-ratio, so that the
+rounding of the normalisers, which moves every log-ratio alike, enters a value in second order too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Entry(NamedTuple):
     """Natural logarithm; about -7e29 outside the support, never -inf."""
     logq: Tensor
     ratio: Tensor
-    """``log(p / q)``, relatively accurate for close rows; 0 where an entry is outside both supports."""
+    """``log(p / q)``; 0 where an entry is outside both supports."""
     hit: Tensor
     """Whether this entry is the row's token (bool)."""
     inside: Tensor

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leibler.divergence.rows import LN2, LOG2E, OUTSIDE, Functional
+from leibler.divergence.rows import LN2, OUTSIDE, Functional
 from leibler.fused.gpu.forms import Entry, Facts, Form, form
 from leibler.fused.gpu.library import SOURCE as LIBRARY
 from leibler.fused.gpu.trace import NotElementwise, statements
@@ -28,8 +28,6 @@ BLOCK = 2048
 WARPS = 8
 BOTTOM = -3e38
 """Below every logit and every FLOOR, yet finite."""
-NEAR_BITS = 16.0
-"""Rows whose logits differ by less than this, up to a constant, get the exact form of their normalisers' difference."""
 _serial = itertools.count()
 
 
@@ -52,8 +50,8 @@ class Program:
     """The forms of a layout, where their rows lie in the buffers between the kernels, and the generated module.
 
     ``stats`` holds for the model (maximum, log2 of the rest), for each target (maximum, log2 of the rest, difference of
-    the normalisers, least and largest difference of the logits up to a constant), then each want's powers. A difference
-    beyond any real logit says that one side lacks support.
+    the normalisers, least and largest difference of the logits), then each want's powers. A difference beyond any real
+    logit says that one side lacks support.
     """
 
     layout: Layout
@@ -202,17 +200,10 @@ class _Writer:
         keep = self._kept()
         lines = [*self._start()]
         for t in self.sides[1:]:
-            lines += [f"{name}_{t} = tl.zeros((BLOCK,), tl.float32)" for name in ("weighted", "high", "low")]
+            lines += [f"{name}_{t} = tl.zeros((BLOCK,), tl.float32)" for name in ("high", "low")]
         for kept in keep:
             lines.append(f"top_{kept.name} = tl.full((BLOCK,), {BOTTOM!r}, tl.float32)")
             lines += [f"sum_{name} = tl.zeros((BLOCK,), tl.float32)" for name in (kept.name, *kept.alone)]
-        if self.layout.targets:
-            lines += ["start = 0", *self._tile()]
-        for t in self.sides[1:]:
-            # A typical difference: rows that are equal up to a constant differ by little from it.
-            lines.append(f"both = (in_m & in_{t}).to(tl.float32)")
-            lines.append(f"total = tl.sum(tl.where(in_m & in_{t}, x_m - x_{t}, 0.0))")
-            lines.append(f"typical_{t} = total / tl.maximum(tl.sum(both), 1.0)")
         lines.append("for start in range(0, vocab, BLOCK):")
         lines += _indent([*self._tile(), *self._first_reading(keep)])
         lines += self._after_first(keep)
@@ -247,9 +238,8 @@ class _Writer:
     def _first_reading(self, keep: list[_Kept]) -> list[str]:
         lines = []
         for t in self.sides[1:]:
-            lines.append(f"away = tl.where(in_m | in_{t}, x_m - x_{t} - typical_{t}, 0.0)")
+            lines.append(f"away = tl.where(in_m | in_{t}, x_m - x_{t}, 0.0)")
             lines += [f"high_{t} = tl.maximum(high_{t}, away)", f"low_{t} = tl.minimum(low_{t}, away)"]
-            lines.append(f"moved_{t} = expm1(tl.minimum(tl.maximum(away, -{NEAR_BITS}), {NEAR_BITS}) * {LN2!r})")
         for name, expression, alone in keep:
             # One exponential either way: of the new value below the maximum, or of the old maximum below the new value.
             lines.append(f"new = tl.where(valid, {expression}, {BOTTOM!r})")
@@ -258,11 +248,6 @@ class _Writer:
             for power, a in (alone | {name: 1.0}).items():
                 lines.append(f"e = tl.exp2(below * {a!r})")
                 lines.append(f"sum_{power} = tl.where(rises, sum_{power} * e + 1.0, sum_{power} + e)")
-            if name.startswith("t"):
-                lines.append(
-                    f"weighted_{name} = tl.where(rises, weighted_{name} * e + moved_{name}, "
-                    f"weighted_{name} + moved_{name} * e)"
-                )
             lines.append(f"top_{name} = tl.maximum(top_{name}, new)")
         return lines
 
@@ -278,18 +263,12 @@ class _Writer:
                 lines.append(f"part = tl.exp2((top_{name} - max_{name}) * {a!r})")
                 lines += [f"max_{power} = max_{name} * {a!r}", f"log_{power} = tl.log2(tl.sum(sum_{power} * part))"]
             lines.append(f"part = tl.exp2(top_{name} - max_{name})")
-            lines.append(f"whole = tl.sum(sum_{name} * part)")
-            lines.append(f"log_{name} = tl.log2(whole)")
-            if name.startswith("t"):
-                lines.append(f"close = typical_{name} + log1p(tl.sum(weighted_{name} * part) / whole) * {LOG2E!r}")
-                lines.append(f"plain = (max_m - max_{name}) + (log_m - log_{name})")
-                lines += [f"most_{name} = tl.max(high_{name})", f"least_{name} = tl.min(low_{name})"]
-                lines.append(f"spread = tl.maximum(most_{name}, -least_{name})")
-                lines.append(f"shift_{name} = tl.where(spread < {NEAR_BITS}, close, plain)")
+            lines.append(f"log_{name} = tl.log2(tl.sum(sum_{name} * part))")
         lines += [store("max_m"), store("log_m")]
         for t in self.sides[1:]:
+            lines.append(f"shift_{t} = (max_m - max_{t}) + (log_m - log_{t})")
             lines += [store(f"max_{t}"), store(f"log_{t}"), store(f"shift_{t}")]
-            lines += [store(f"least_{t}"), store(f"most_{t}")]
+            lines += [store(f"tl.min(low_{t})"), store(f"tl.max(high_{t})")]
         for k, f in enumerate(self.forms):
             t = f"t{self.layout.wants[k][1]}"
             for name, (a, b) in zip(self._power_names(k), f.powers):
