@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from leibler.cache import TeacherCache
 from leibler.divergence import SampledLogProb
+from leibler.errors import RecipeError
 from leibler.fused import Linear, Merged, TargetRows, Want, functionals, one_pass
 from leibler.fused.coarse import OtherVocabulary
-from leibler.objective.needs import LogProb, Need, Output, TokenEntropy
+from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Shaper, Signal, rollout_parts
-from leibler.objective.targets import Behaviour, Old, Policy
+from leibler.objective.targets import Behaviour, Lift, Old, Policy
 from leibler.objective.terms import Term
 from leibler.policy import CausalLM
 from leibler.policy.randomness import derived_seed
@@ -96,6 +97,8 @@ class Engine:
         self.reduce = reduce or (lambda x: x)
         self.autocast = autocast
         self.alignments = alignments or {}
+        if lockstep and any(isinstance(n.to, Lift) for n in recipe.needs() if isinstance(n, TokenDivergence)):
+            raise RecipeError("a lifted law takes passes that differ by process; train it without sharded weights.")
         self.stored = stored or {}
         self.most = most or (lambda n: n)
         self.average = average or (lambda parameters: None)
