@@ -311,3 +311,32 @@ def test_a_small_vocabulary_is_kept_whole(tmp_path: Path) -> None:
     law = cache.target(rows_of(RECORDS[:2], teacher())).law
     assert isinstance(law, TopK)
     assert bool((law.rest == -torch.inf).all())
+
+
+def test_progress_says_what_is_read_and_what_is_done(tmp_path: Path) -> None:
+    read: list[tuple[int, int]] = []
+    done: list[tuple[int, int]] = []
+    many = Dataset(RECORDS * 50, name="many")  # the same sequences over and over: read once each
+    options: dict[str, Any] = {"progress": lambda *a: done.append(a), "reading": lambda *a: read.append(a)}
+    cache = write(teacher(), many, tmp_path / "cache", batch_tokens=60, **options)
+    assert read == [(500, 1200), (1000, 1200)]
+    assert [d for d, _ in done] == sorted({d for d, _ in done})
+    assert done[-1] == (cache.tokens, cache.tokens)
+    assert len(cache.index) == len(RECORDS)
+
+
+def test_sequences_whose_keys_collide_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leibler.cache import store, writer
+    from leibler.cache.identity import sequence_key
+
+    def coarse(tokens: Any) -> tuple[int, int]:
+        key, check = sequence_key(tokens)
+        return key % 2, check
+
+    monkeypatch.setattr(store, "sequence_key", coarse)
+    monkeypatch.setattr(writer, "sequence_key", coarse)
+    cache = write(teacher(), DATA, tmp_path / "cache", top_k=5)
+    rows = rows_of(RECORDS, teacher())
+    assert torch.allclose(cache.logp(rows).double(), dense(teacher(), rows, 1.0).gather(1, rows.label[:, None])[:, 0])
+    with pytest.raises(DataError, match="no row"):
+        cache.check_data(Dataset((Record("9+9=", completion="1"),), name="other"), teacher())

@@ -219,3 +219,9 @@ def test_no_model_but_the_student_is_read(whole: Path, tmp_path: Path) -> None:
         )
     assert read == [str(tmp_path / "student")]
     assert "nll" in done.validation
+    # Nor has the report a teacher to compare with: it takes the weights that the run began with.
+    from leibler.measure.report import write_report
+
+    page = write_report(tmp_path / "run").read_text()
+    assert "differs from the initial weights" in page
+    assert "There is no directory" not in page

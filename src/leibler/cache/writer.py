@@ -36,6 +36,8 @@ BESIDE = ("rollouts", "set_aside")
 SHARD_TOKENS = 65_536
 BATCH_TOKENS = 16_384
 KEPT = 64
+_OFTEN = 500
+"""Records tokenized between two looks at how far that is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ def write(
     shard_tokens: int = SHARD_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int, int], None] | None = None,
+    reading: Callable[[int, int], None] | None = None,
 ) -> TeacherCache:
     """Run a teacher once over the completions of a data set and keep its top-k log-probs.
 
@@ -79,6 +82,7 @@ def write(
         shard_tokens: completion tokens in a file, at most (but a whole sequence at least).
         batch_tokens: tokens in a forward pass, at most (but a whole sequence at least).
         progress: called with the completion tokens done, and all of them, after each forward pass.
+        reading: called with the records tokenized, and all of them, now and then before that.
 
     Returns:
         The finished cache.
@@ -93,7 +97,7 @@ def write(
     if top_k < 1 or not temperature > 0:
         raise RunError(f"top_k={top_k} must be at least 1 and temperature={temperature} greater than 0.")
     before = begun(folder)
-    shards = list(_shards(_distinct(data, teacher), shard_tokens))
+    shards = list(_shards(_distinct(data, teacher, reading), shard_tokens))
     index = _index(shards)
     folder.mkdir(parents=True, exist_ok=True)
     refuse_links(folder)
@@ -175,10 +179,12 @@ def _gone_on(folder: Path, before: Manifest, now: Manifest) -> Manifest:
     return before
 
 
-def _distinct(data: Dataset, teacher: CausalLM) -> list[_Sequence]:
+def _distinct(data: Dataset, teacher: CausalLM, reading: Callable[[int, int], None] | None = None) -> list[_Sequence]:
     """Each sequence once, in the order of the data; of equal ones, the longest completion."""
     found: dict[tuple[int, int], _Sequence] = {}
-    for record in data:
+    for number, record in enumerate(data, 1):
+        if reading is not None and number % _OFTEN == 0:
+            reading(number, len(data))
         for tokens, start in sequences(record, teacher):
             if teacher.context is not None and len(tokens) > teacher.context:
                 raise DataError(

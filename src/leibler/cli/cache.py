@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,13 @@ def _write(
         del student
         records = load(file, needs=("prompt", "completion"))
         lines.append(_sampled(file, counts))
-    with Working("teacher", quiet) as shown:
+    with ExitStack() as reading, Working("teacher", quiet) as shown:
+        read = reading.enter_context(Working("reading", quiet))
+
+        def computed(done: int, total: int) -> None:
+            reading.close()  # one bar at a time
+            shown(done, total, done)
+
         cache = write(
             reader,
             records,
@@ -116,7 +123,8 @@ def _write(
             dtype=dtype,
             name=teacher,
             batch_tokens=batch_tokens,
-            progress=shown,
+            progress=computed,
+            reading=read,
         )
     where = f" data={out / 'rollouts.jsonl'}" if rollouts.student is not None else ""
     lines.append(f"{out}: {_described(cache)}\ntrain with: teacher=cache:{out}{where}")

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from leibler.cache import PREFIX
 from leibler.measure.report import figures
 from leibler.measure.report.collect import Recorded, as_number, mapping
 from leibler.measure.report.measured import IN_MEMORY
@@ -91,7 +92,7 @@ def commands(recorded: Recorded) -> dict[str, Any]:
             "python": True,
         }
     quoted = shlex.quote(str(folder))
-    given = [v for v in given if isinstance(v, str) and not v.startswith(("task:", "corpus:"))]
+    given = [v for v in given if isinstance(v, str) and not v.startswith(("task:", "corpus:", PREFIX))]
     return {
         "relative": any(v.startswith(".") or (v.count("/") > 1 and not v.startswith(("/", "~"))) for v in given),
         "original": str(run.get("command") or ""),

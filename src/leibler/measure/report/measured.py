@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leibler.cache import PREFIX
 from leibler.errors import LeiblerError, ModelError, RunError
 from leibler.measure.report.collect import Recorded, mapping
 
@@ -87,6 +88,8 @@ def measure(recorded: Recorded, evaluation: Mapping[str, Any] | None = None) -> 
     """
     run = recorded.run
     teacher = run.get("teacher") or mapping(run.get("models")).get("teacher")
+    if isinstance(teacher, str) and teacher.startswith(PREFIX):
+        teacher = None  # a cache of one, which says nothing about texts that it was not made of
     what = "the teacher" if teacher else "the initial weights"
     found = Measured(target=what)
     given = _given(evaluation)
