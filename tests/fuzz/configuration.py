@@ -214,7 +214,7 @@ def expressions(draw: Random, place: Path) -> int:
 
 
 CASES = {
-    "run files": Case("run files: other types, tags, anchors, mutated bytes", 10, run_files),
+    "run files": Case("run files: other types, tags, anchors, mutated bytes", 4, run_files),
     "changes": Case("recipe overrides at any place, of any type", 6, changes),
     "arguments": Case("options on the command line", 4, arguments),
     "expressions": Case("expressions over parts", 20, expressions),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from leibler import recipes
 from leibler.cli import overrides
-from leibler.cli.expressions import NONSENSE, fault
+from leibler.cli.expressions import MOST_CHARACTERS, NONSENSE, fault
 from leibler.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ def recipe_from(slug: str, changes: Mapping[str, str]) -> Recipe:
     for key, text in changes.items():
         if not key.startswith(PREFIX):
             raise RecipeError(f"{key} is not a key of a recipe; these start with {PREFIX}.")
+        if len(text) > MOST_CHARACTERS:
+            raise RecipeError(
+                f"{key} is given {len(text):,} characters; a part of a recipe has at most {MOST_CHARACTERS:,}."
+            )
         name = key.removeprefix(PREFIX)
         if name in known:
             keywords[name] = overrides.convert(text, known[name], key)

@@ -18,7 +18,7 @@ from typing import Any
 MODULES = ("leibler.divergence", "leibler.estimate", "leibler.objective", "leibler.train")
 """Where names are looked up, first match wins."""
 
-MOST_CHARACTERS = 10_000
+MOST_CHARACTERS = 2000
 """In an expression; a whole recipe takes some hundreds."""
 DEEPEST = 50
 """Parts within parts; a recipe has less than ten levels."""
@@ -124,8 +124,8 @@ def _operate(operation: Any, *operands: Any) -> Any:
         raise ExpressionError("operators join numbers and parts, not text or lists", True)
     try:
         return _bounded(operation(*operands))
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ExpressionError(str(error), True) from None
+    except NONSENSE as error:
+        raise ExpressionError(fault(error), True) from None
 
 
 def _call(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any], written: bool = False) -> Any:

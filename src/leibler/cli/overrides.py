@@ -42,7 +42,7 @@ def split(arguments: Iterable[str]) -> dict[str, str]:
         if not equals or not key:
             raise RecipeError(f"'{_short(argument)}' is not an override; write it as key=value.")
         if key in out:
-            raise RecipeError(f"{key} is given twice, as '{out[key]}' and as '{value}'; keep one.")
+            raise RecipeError(f"{key} is given twice, as '{_short(out[key])}' and as '{_short(value)}'; keep one.")
         out[key] = value
     return out
 
