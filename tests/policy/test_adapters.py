@@ -156,3 +156,27 @@ def test_other_kinds_of_adapter_are_refused() -> None:
         CausalLM(network, model.tokenizer)
     with pytest.raises(ModelError, match="embedding"):
         tiny_llama(model.tokenizer).adapted(Lora(targets=("embed_tokens",)))
+
+
+def test_a_run_trains_the_heads_adapter_against_a_teacher_that_carries_one(tmp_path: Path) -> None:
+    from leibler.train import fit
+
+    student, teacher = (adapted(seed, targets=("lm_head", "q_proj")).float() for seed in (0, 1))
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    records = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}]
+    fit(
+        "gkd",
+        student=student,
+        teacher=teacher,
+        data=records,
+        out=tmp_path / "run",
+        steps=2,
+        batch_size=2,
+        quiet=True,
+    )
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert any("lm_head.lora_A" in name for name in moved)
+    assert any("lm_head.lora_B" in name for name in moved)
+    assert all("lora_" in name for name in moved)
+    merged = CausalLM.load(tmp_path / "run" / "final")
+    torch.testing.assert_close(whole_logits(merged), whole_logits(student), rtol=1e-3, atol=1e-3)
