@@ -6,7 +6,7 @@ import json
 import string
 from pathlib import Path
 
-from leibler.policy import character_tokenizer, tiny_llama
+from leibler.policy import character_tokenizer, tiny_llama, train_bpe
 from leibler.train import fit
 
 
@@ -15,7 +15,8 @@ def prepare(folder: Path) -> None:
     tokenizer = character_tokenizer(string.printable[:95])
     large = tiny_llama(tokenizer, hidden=32, layers=1, heads=2, seed=1)
     small = tiny_llama(tokenizer, hidden=16, layers=1, heads=2)
-    for name, model in {"large": large, "small": small}.items():
+    other = tiny_llama(train_bpe(["1 + 1 = 2"], size=262), hidden=32, layers=1, heads=2)
+    for name, model in {"large": large, "small": small, "other": other}.items():
         model.save(folder / "models" / name)
     lines = {
         "prompts": [{"prompt": f"{i}+1=", "completion": str(i + 1), "answer": str(i + 1)} for i in range(24)],

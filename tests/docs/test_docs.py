@@ -14,7 +14,10 @@ from blocks import ROOT, Session, blocks, same
 from prepare import prepare
 
 DOCS = ROOT / "docs"
-PAGES = ("index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory", "reliability")
+PAGES = (
+    "index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory", "reliability",
+    "vocabularies",
+)  # fmt: skip
 PACKAGES = (
     "divergence", "fused", "estimate", "objective", "policy", "data", "cache", "train", "recipes", "measure", "theory",
     "claims",
