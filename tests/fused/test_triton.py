@@ -326,6 +326,28 @@ def test_an_infinite_value_leaves_the_others_alone(kernel_path: list[int]) -> No
     assert torch.autograd.grad(values[0].sum(), model.hidden)[0].abs().max() == 0
 
 
+@pytest.mark.parametrize(("lacking", "names"), [("model", ["forward_kl"]), ("target", ["reverse_kl", "jeffreys"])])
+def test_a_lack_counts_where_the_probability_underflows(lacking: str, names: list[str], kernel_path: list[int]) -> None:
+    """An entry of probability exp(-300) is 0 in float32, yet inside the support: the value is infinite."""
+    faint, plain = torch.tensor([[-300.0, 0.0, 1.0]]), torch.tensor([[0.0, 1.0, 0.5]])
+    gone = torch.tensor([-math.inf, 0.0, 0.0])
+    rows = (plain, faint) if lacking == "model" else (faint, plain)
+    model, target = by_logits(*rows, **{f"{lacking}_bias": gone})
+    values = functionals(model, [Want(get(name), 0) for name in names], [target])
+    assert kernel_path
+    assert values.isinf().all()
+
+
+def test_an_overflow_leaves_the_others_alone(kernel_path: list[int]) -> None:
+    """0 times an infinite gradient is NaN: a functional without weight must not be added at all."""
+    model, target = by_logits(torch.tensor([[0.0, 300.0, 0.0]]), torch.tensor([[300.0, 0.0, 1.0]]))
+    chi, js = functionals(model, [Want(get("chi_squared"), 0), Want(get("total_variation"), 0)], [target])
+    assert kernel_path
+    assert chi.item() == math.inf
+    (got,) = torch.autograd.grad((chi + js).sum(), model.hidden)
+    assert torch.isfinite(got).all()
+
+
 def test_a_token_outside_the_support(kernel_path: list[int]) -> None:
     logits = torch.zeros(2, 5)
     gone = torch.tensor([0.0, -math.inf, 0.0, 0.0, 0.0])
