@@ -283,7 +283,7 @@ def test_other_processes_are_out_of_reach(program):
 @confined
 def test_a_program_dies_with_whoever_runs_it(tmp_path):
     """A trainer that is killed leaves no program running."""
-    code = "from leibler.data.sandbox import *; print('on', flush=True); "
+    code = "from leibler.data.sandbox import *; confinement(); print('on', flush=True); "
     code += "run_program('while True: pass', '', Limits(seconds=60))"
     trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert trainer.stdout is not None
