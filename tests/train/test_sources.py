@@ -325,3 +325,17 @@ def test_columns_of_the_data_become_columns_of_the_batch(models):
 def test_a_column_that_does_not_fit_is_named_with_its_row(models, values, message):
     with pytest.raises(DataError, match=message):
         Data(rows=2, columns=("x",)).draw(context(models, data={"train": _with(values)}), {})
+
+
+def test_every_process_keeps_the_rows_of_all_in_the_buffer(models):
+    source = Adaptive(Data(), OnPolicy(2), phi=RaiseOnWorse(initial=1.0))
+    alone = source.draw(context(models, rows=6), source.init())[1]["buffer"]
+    given: list[Any] = []
+    for rank in (0, 1):
+        source.draw(
+            replace(context(models, rows=6, rank=rank, world=2), gather=lambda item: given.append(item) or [item]),
+            source.init(),
+        )
+    for rank in (0, 1):
+        together = replace(context(models, rows=6, rank=rank, world=2), gather=lambda item: given)
+        assert source.draw(together, source.init())[1]["buffer"] == alone
