@@ -338,6 +338,14 @@ def test_a_lack_counts_where_the_probability_underflows(lacking: str, names: lis
     assert values.isinf().all()
 
 
+def test_disjoint_supports_are_infinitely_far_in_angle(kernel_path: list[int]) -> None:
+    gone = torch.tensor([-math.inf, 0.0, 0.0])
+    rows = torch.tensor([[0.0, 50.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+    model, target = by_logits(*rows, model_bias=gone, target_bias=torch.tensor([0.0, -math.inf, -math.inf]))
+    assert functionals(model, [Want(CauchySchwarz(), 0)], [target]).item() == math.inf
+    assert kernel_path
+
+
 def test_an_overflow_leaves_the_others_alone(kernel_path: list[int]) -> None:
     """0 times an infinite gradient is NaN: a functional without weight must not be added at all."""
     model, target = by_logits(torch.tensor([[0.0, 300.0, 0.0]]), torch.tensor([[300.0, 0.0, 1.0]]))
