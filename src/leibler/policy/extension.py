@@ -48,7 +48,7 @@ def extend(
         >>> model = tiny_llama(train_bpe(["x"], size=259), hidden=16, layers=1, heads=2)
         >>> longer = extend(model, ["return", " return"])
         >>> longer.tokenizer.encode("a return"), longer.vocab_size - model.vocab_size
-        ([68, 260], 2)
+        ([67, 260], 2)
     """
     if any(not word for word in words):
         raise ModelError("A new token must spell something; leave the empty word out.")
