@@ -13,6 +13,7 @@ from leibler.errors import RecipeError
 from leibler.objective import Behaviour, Clip, GroupNormalised, Objective, PolicyGradient, Reward, Rows
 from leibler.objective.rows import concatenate
 from leibler.train import Data, Mixture, OnPolicy, Recipe, Replay, Source
+from leibler.train.replay import _interleaved
 from leibler.train.sources import Origin
 from objective.made import rows as made_rows
 
@@ -127,3 +128,15 @@ def test_what_it_cannot_hold():
         Replay(Mixture(a=Data(), b=OnPolicy()))
     with pytest.raises(RecipeError, match="capacity=0 must be at least 1"):
         Replay(Data(), capacity=0)
+
+
+def test_shares_are_put_together_as_one_process_would_have_drawn_them_even_where_a_stage_dropped_groups():
+    """Of groups 0 to 4, process 0 has 0, 2, 4 and lost 2; process 1 has 1, 3 and lost 1."""
+
+    def share(groups: list[int], names: list[int]) -> Rows:
+        rows = made_rows([2] * len(groups), groups)
+        return replace(rows, records=[Record(str(n)) for n in names], texts=[str(n) for n in names])
+
+    both = _interleaved([share([0, 2], [0, 4]), share([1], [3])])
+    assert [r.prompt for r in both.records] == ["0", "3", "4"]
+    assert both.group_index.tolist() == [0, 1, 2]

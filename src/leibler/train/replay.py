@@ -87,9 +87,10 @@ def _interleaved(parts: list[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     together = concatenate(parts)
-    order = sorted((i, rank) for rank, part in enumerate(parts) for i in range(part.groups))
+    # By their numbers when they were drawn: a stage may have dropped groups in one process and not in another.
+    drawn = [(n, rank, i) for rank, part in enumerate(parts) for i, n in enumerate(part.group.unique().tolist())]
     first = [sum(p.groups for p in parts[:rank]) for rank in range(len(parts))]
-    return concatenate([_groups(together, torch.tensor([first[rank] + i])) for i, rank in order])
+    return concatenate([_groups(together, torch.tensor([first[rank] + i])) for _, rank, i in sorted(drawn)])
 
 
 def _newest(rows: Rows, capacity: int) -> Rows:
