@@ -99,13 +99,13 @@ def test_methods_for_programs(leibler):
 def test_an_unknown_family_is_one_sentence(leibler):
     status, out, err = leibler("methods", "--family", "cooking")
     assert (status, out) == (2, "")
-    assert err == "error: 'cooking' is not a family of methods; families: distillation, policy, preference.\n"
+    assert err == "error: 'cooking' is not a family of methods; families: distillation, policy, preference, measurement.\n"
 
 
 def test_an_unknown_method_suggests_the_nearest(leibler):
     status, _, err = leibler("show", "minilm")
     assert status == 2
-    assert err.startswith("error: 'minilm' is not a known method (did you mean minillm")
+    assert err.startswith("error: 'minilm' is not a known method (did you mean miniplm, minillm")
     assert err.count("\n") == 1
 
 

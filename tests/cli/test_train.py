@@ -163,7 +163,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(leibler, model
     [
         ([], "no recipe was given; `leibler methods` lists them"),
         (["student=x"], "the recipe comes first, before student=x"),
-        (["minilm"], "'minilm' is not a known method (did you mean minillm"),
+        (["minilm"], "'minilm' is not a known method (did you mean miniplm, minillm"),
         (["sft"], "no student was given; add student=DIR"),
         (["sft", "student=x"], "no data was given"),
         (["sft", "student=x", f"data={TASK}"], "no run directory was given; add out=DIR"),

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from leibler.divergence import ForwardKL, ReverseKL
 from leibler.errors import RecipeError
 from leibler.objective import (
-    BetaKernel,
     AdaptiveKL,
     Behaviour,
+    BetaKernel,
     Clipped,
     Column,
     GroupAny,

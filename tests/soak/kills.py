@@ -90,7 +90,7 @@ PLACES = (
     Place("between metrics and manifest", "leibler.train.checkpoint", "save"),
     Place("in a save, between its files", "leibler.train.checkpoint", "save_file", "after"),
     Place("in a save, before the manifest", "leibler.train.checkpoint", "_hash"),
-    Place("in a save, while it is flushed", "leibler.train.durable", "flush"),
+    Place("in a save, while it is flushed", "leibler.durable", "flush"),
     Place("in a save, before the rename", "pathlib:Path", "rename"),
     Place("in a save, right after the rename", "pathlib:Path", "rename", "after"),
     Place("while an old checkpoint is removed", "shutil", "rmtree", "half"),

@@ -22,9 +22,10 @@ from leibler.objective import Rows, View
 from leibler.policy import CausalLM, character_tokenizer
 from leibler.policy.randomness import derived_seed
 from leibler.train import Context, Mixture, Recipe, Score, WinRate
-from leibler.train.engine import Engine, Step
+from leibler.train.engine import Engine
 from leibler.train.models import resolve
 from leibler.train.sources import Source, Staged
+from leibler.train.tally import Step
 
 TOKENIZER = character_tokenizer("0123456789+=")
 TEMPERATURE = 0.8

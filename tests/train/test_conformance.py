@@ -41,9 +41,7 @@ VARIANTS = [
     case("inpo", group_size=4, eta=0.5, tau=0.5),
 ]
 GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo")
-PLAIN = [
-    case(slug, **({"group_size": 4} if slug in GROUPED else {})) for slug in recipes.names()
-]
+PLAIN = [case(slug, **({"group_size": 4} if slug in GROUPED else {})) for slug in recipes.names()]
 CASES = [*PLAIN, *(v for v in VARIANTS if v not in PLAIN)]
 every_case = pytest.mark.parametrize("chosen", CASES, ids=lambda c: c.id)
 

@@ -124,10 +124,10 @@ def test_nan_is_seen_under_every_plan(slug, tmp_path):
 
 def test_an_infinite_divergence_is_none_of_the_guards_business(tmp_path):
     """It is exact, has gradient 0, and is counted; the step is taken."""
-    from leibler.train.engine import _finite
+    from leibler.train.tally import finite
 
     values = torch.tensor([1.0, math.inf, -math.inf, math.nan], requires_grad=True)
-    out = _finite(values)
+    out = finite(values)
     assert out[:3].tolist() == [1, 0, 0]
     assert out[3].isnan()
     out[:3].sum().backward()

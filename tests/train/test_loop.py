@@ -433,5 +433,5 @@ def test_mixed_precision_is_that_of_every_model(tmp_path):
     first, second = (m["divergence/ReverseKL(reference)"] for m in lines(tmp_path / "a"))
     assert first == 0
     assert second > 1e-4
-    with pytest.raises(RunError, match="mixed_precision=no cannot be set .* start a new one"):
+    with pytest.raises(RunError, match=r"mixed_precision=no cannot be set .* start a new one"):
         run(recipe("grpo", group_size=4), tmp_path / "b")

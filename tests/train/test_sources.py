@@ -299,7 +299,10 @@ def test_sampled_names_its_model():
 
 
 def _with(values: list[Any]) -> Dataset:
-    return Dataset(tuple(Record("1+", completion="12"[: 1 + i], source=f"f:{i + 1}", extra={"x": v}) for i, v in enumerate(values)), "x")  # fmt: skip
+    records = [
+        Record("1+", completion="12"[: 1 + i], source=f"f:{i + 1}", extra={"x": v}) for i, v in enumerate(values)
+    ]
+    return Dataset(tuple(records), "x")
 
 
 def test_columns_of_the_data_become_columns_of_the_batch(models):

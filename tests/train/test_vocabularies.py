@@ -23,9 +23,10 @@ from leibler.policy import CausalLM, character_tokenizer, train_bpe
 from leibler.policy.vocabulary import TextAlignment
 from leibler.train import Context, Data, OnPolicy, Recipe, fit
 from leibler.train.aligned import alignments
-from leibler.train.engine import Engine, Step
+from leibler.train.engine import Engine
 from leibler.train.models import EMA, resolve
 from leibler.train.sources import Source
+from leibler.train.tally import Step
 from train import running
 from train.conformance import TEMPERATURE, distance, size, tiny
 

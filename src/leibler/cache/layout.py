@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from leibler import durable
 from leibler.errors import DataError
 
 VERSION = 1
@@ -109,7 +108,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         text = json.dumps({**asdict(self), "hash": self.hash}, indent=1)
-        replace(folder / MANIFEST, lambda file: file.write(text.encode()))
+        durable.write_text(folder / MANIFEST, text)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -138,24 +137,9 @@ class Manifest:
         return found
 
 
-def replace(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file that a kill or a power cut cannot tear."""
-    aside = path.with_name(f".writing-{path.name}")
-    with aside.open("wb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save_array(path: Path, array: np.ndarray) -> FileEntry:
     """Write an array; its size and hash."""
-    replace(path, lambda file: np.save(file, array, allow_pickle=False))
+    durable.write(path, lambda file: np.save(file, array, allow_pickle=False))
     return FileEntry.of(path)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leibler import durable
 from leibler.cache.identity import fingerprint
-from leibler.cache.layout import replace
 from leibler.errors import RunError
 from leibler.safety import refuse_links
 
@@ -70,7 +70,7 @@ def roll_out(
     if (folder / SETTINGS).exists():
         _same(folder / SETTINGS, settings)
     else:
-        replace(folder / SETTINGS, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+        durable.write_text(folder / SETTINGS, json.dumps(settings, indent=1))
     if out.exists():
         return out, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["counts"]
     batches = _whole_batches(partial)
@@ -89,9 +89,9 @@ def roll_out(
     for line in kept:
         _count(counts, line)
     # Blank completions stand in the partial file alone: no reader of data takes them.
-    replace(folder / SETTINGS, lambda file: file.write(json.dumps({**settings, "counts": counts}, indent=1).encode()))
+    durable.write_text(folder / SETTINGS, json.dumps({**settings, "counts": counts}, indent=1))
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept if line["completion"].strip())
-    replace(out, lambda file: file.write(text.encode()))
+    durable.write_text(out, text)
     partial.unlink()
     return out, counts
 

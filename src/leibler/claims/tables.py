@@ -20,9 +20,10 @@ from leibler.data import Dataset, Record
 from leibler.fused import Linear
 from leibler.objective import SAMPLE, Handle, LogProb, Rows, StepEnd, View
 from leibler.train import Context, Mixture, Recipe, WinRate
-from leibler.train.engine import Engine, Step
+from leibler.train.engine import Engine
 from leibler.train.models import Trained
 from leibler.train.sources import Source, Staged
+from leibler.train.tally import Step
 
 Check = Callable[[int, tuple[int, ...]], float]
 """``check(prompt, response)``: the reward of a response."""

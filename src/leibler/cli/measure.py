@@ -88,7 +88,8 @@ def agreement_command(
     from leibler.policy import CausalLM
 
     records = load(data, limit=limit)
-    found = of_models(*(CausalLM.load(m) for m in (student, base, teacher)), records, max_new_tokens)
+    one, before, other = (CausalLM.load(m) for m in (student, base, teacher))
+    found = of_models(one, before, other, records, max_new_tokens)
     show({**asdict(found), "gain": found.gain, "gap_closed": found.gap_closed}, as_json)
 
 

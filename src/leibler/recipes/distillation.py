@@ -33,6 +33,7 @@ from leibler.objective import (
     Signal,
     SquaredError,
     Switch,
+    Target,
     Teacher,
     Term,
     ToGo,
@@ -255,7 +256,7 @@ def recursive_meta_distillation(anchor: float = 0.5, geometric: bool = False, st
         geometric: mix log-probabilities, not probabilities; what the student has lost then stays lost.
         steps_per_round: optimiser steps of a generation.
     """
-    parts = {Model("previous"): 1 - anchor, Teacher(): anchor}
+    parts: dict[Target | str, float] = {Model("previous"): 1 - anchor, Teacher(): anchor}
     return Recipe(
         Data(),
         Objective(Match(ForwardKL(), to=LogLinear(parts) if geometric else Arithmetic(parts))),

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from leibler import durable
 from leibler.errors import RunError
-from leibler.train import durable, sharding
+from leibler.train import sharding
 
 MANIFEST = "manifest.json"
 VERSION = 2

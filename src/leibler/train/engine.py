@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor, nn
 from leibler.cache import TeacherCache
 from leibler.divergence import SampledLogProb
 from leibler.errors import RecipeError
-from leibler.fused import Linear, Merged, TargetRows, Want, functionals, one_pass
+from leibler.fused import Linear, TargetRows, Want, functionals, one_pass
 from leibler.fused.coarse import OtherVocabulary
-from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
+from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
 from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
@@ -32,16 +31,7 @@ from leibler.policy.vocabulary import Reading, TextAlignment
 from leibler.train.aligned import event_states, target_rows
 from leibler.train.plan import StreamPlan, make_plan
 from leibler.train.recipe import Recipe
-
-Totals = dict[str, float]
-
-
-@dataclass
-class Step:
-    """What a step measured: metrics by name, and what each owner of a controller is to hear."""
-
-    metrics: dict[str, float]
-    own: dict[Hashable, dict[str, float]]
+from leibler.train.tally import Step, Tally, finite, metric_names
 
 
 class Engine:
@@ -105,7 +95,7 @@ class Engine:
         self.world = world
         self.lockstep = lockstep
         self.plans = {s: make_plan(recipe, s) for s in recipe.source.streams()}
-        self.names = _names(recipe.objective.terms)
+        self.names = metric_names(recipe.objective.terms)
         self.raised: Mapping[str, float] = {}
         """A factor on the coefficient of a term, where a guard has raised it."""
         self.device = models["policy"].device
@@ -188,7 +178,7 @@ class Engine:
         """Add the gradient of the objective over one optimiser batch to the parameters' ``grad``."""
         step = Step({}, {})
         counts = self._counts(views)
-        log = _Log(self.names)
+        log = Tally(self.names)
         self.models["policy"].train()
         for module in self.modules.values():
             module.train()
@@ -200,7 +190,7 @@ class Engine:
         self._finish(views, counts, log, step)
         return step
 
-    def _accumulate(self, plan: StreamPlan, view: View, counts: dict[int, float], log: _Log, step: Step) -> None:
+    def _accumulate(self, plan: StreamPlan, view: View, counts: dict[int, float], log: Tally, step: Step) -> None:
         cuts = self._cut(view.rows, whole_groups=plan.kind == "two-pass head")
         replay = plan.kind == "survey and replay" or (
             plan.kind == "two-pass head"
@@ -286,7 +276,7 @@ class Engine:
             if isinstance(term.coefficient, Hinge):
                 assert surveyed is not None
                 value, weight = term.loss(surveyed)
-                measured = self.reduce((_finite(value) * weight).sum()) / counts[number]
+                measured = self.reduce((finite(value) * weight).sum()) / counts[number]
                 coefficient = term.coefficient.of(measured)
             else:
                 coefficient = view._signal(term.coefficient)
@@ -295,7 +285,7 @@ class Engine:
             scales[number] = coefficient * self.raised.get(self.names[number], 1.0) / counts[number]
         return scales
 
-    def _cotangents(self, plan: StreamPlan, surveyed: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
+    def _cotangents(self, plan: StreamPlan, surveyed: View, scales: dict[int, Tensor], log: Tally) -> Tensor:
         """The derivative of the objective by each number per event, ``[wants, events]``."""
         values = torch.stack([surveyed.values[n] for n in plan.wants]).requires_grad_()
         if not len(surveyed.rows):
@@ -307,7 +297,7 @@ class Engine:
         return cotangents
 
     def _chunk_loss(
-        self, plan: StreamPlan, micro: View, scales: dict[int, Tensor], log: _Log
+        self, plan: StreamPlan, micro: View, scales: dict[int, Tensor], log: Tally
     ) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(values: Tensor, index: Tensor) -> Tensor:
             part = micro.slice(index).with_values(self._named(plan, values))
@@ -315,13 +305,13 @@ class Engine:
 
         return loss
 
-    def _sum(self, terms: tuple[Term, ...], view: View, scales: dict[int, Tensor], log: _Log) -> Tensor:
+    def _sum(self, terms: tuple[Term, ...], view: View, scales: dict[int, Tensor], log: Tally) -> Tensor:
         """The terms' contributions per unit; streams of one coupling have equal units only when all are tokens."""
         total: Tensor | None = None
         for term in terms:
             value, weight = term.loss(view)
             # Outside the support the value is infinite and the gradient 0: neither may spoil the sum.
-            contribution = _finite(value) * weight
+            contribution = finite(value) * weight
             log.add(term, value, contribution)
             contribution = contribution * scales[id(term)]
             if view.events is None:
@@ -332,7 +322,7 @@ class Engine:
         return total
 
     def _side_loss(
-        self, plan: StreamPlan, micro: View, hidden: Tensor, scales: dict[int, Tensor], log: _Log
+        self, plan: StreamPlan, micro: View, hidden: Tensor, scales: dict[int, Tensor], log: Tally
     ) -> Tensor | None:
         if not plan.side:
             return None
@@ -431,7 +421,7 @@ class Engine:
         total = self.reduce(torch.tensor(local, dtype=torch.float64, device=self.device)).tolist()
         return {id(t): max(c, 1e-12) for t, c in zip(terms, total, strict=True)}
 
-    def _finish(self, views: Mapping[str, View], counts: dict[int, float], log: _Log, step: Step) -> None:
+    def _finish(self, views: Mapping[str, View], counts: dict[int, float], log: Tally, step: Step) -> None:
         totals = log.totals()
         # The same keys on every process, also on one that had no row.
         kinds = ("loss", "support_violations", "divergence", "events", "sequences")
@@ -499,65 +489,4 @@ def _events_of(rows: Rows, index: Tensor) -> Tensor:
 
 
 def _replay(cotangents: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda values, index: (_finite(values) * cotangents[:, index]).sum(dim=0)
-
-
-def _finite(value: Tensor) -> Tensor:
-    """Infinite values as 0: they are exact, and counted. NaN is no value; it stays, for the guard to see."""
-    return torch.where(value.isinf(), torch.zeros_like(value), value)
-
-
-def _names(terms: tuple[Term, ...]) -> dict[int, str]:
-    """A metric name for each term; equal names get their stream, then a number."""
-    out: dict[int, str] = {}
-    for term in terms:
-        name = term.name
-        if sum(t.name == name for t in terms) > 1 and len({t.on for t in terms if t.name == name}) > 1:
-            name = f"{name}@{term.on}"
-        base, number = name, 2
-        while name in out.values():
-            name, number = f"{base}#{number}", number + 1
-        out[id(term)] = name
-    return out
-
-
-class _Log:
-    """Sums for the metrics, added up over micro-batches and chunks."""
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self.names = names
-        self.sums: dict[str, Tensor] = {}
-
-    def put(self, key: str, value: Tensor) -> None:
-        value = value.detach().double()
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
-
-    def add(self, term: Term, value: Tensor, contribution: Tensor) -> None:
-        name = self.names[id(term)]
-        self.put(f"loss/{name}", contribution.sum())
-        self.put(f"support_violations/{name}", value.isinf().sum())
-
-    def values(self, plan: StreamPlan, view: View) -> None:
-        """Measures of whole micro-batches."""
-        entropy = view.get(TokenEntropy())
-        self.put("entropy", entropy.sum())
-        self.put("events", torch.tensor(float(entropy.shape[0])))
-        for term in plan.terms:
-            for key, value in term.measures(view).items():
-                name = self.names[id(term)]
-                self.put(f"{key}/{name}", _finite(value).sum())
-                self.put(f"events/{name}", torch.tensor(float(value.shape[0])))
-                self.put(f"sequences/{name}", torch.tensor(float(len(view.rows))))
-
-    def aligned(self, plan: StreamPlan, targets: list[TargetRows | OtherVocabulary]) -> None:
-        """How many positions a model of another tokenizer shares with the policy, and of how many."""
-        shared = {
-            t.handles[0].name: m.present for t, m in zip(plan.targets, targets, strict=True) if isinstance(m, Merged)
-        }
-        for name, present in shared.items():
-            if present is not None:
-                self.put(f"aligned/{name}", present.sum())
-                self.put(f"aligned/{name}/of", torch.tensor(float(len(present))))
-
-    def totals(self) -> Totals:
-        return {k: float(v) for k, v in self.sums.items()}
+    return lambda values, index: (finite(values) * cotangents[:, index]).sum(dim=0)

@@ -14,8 +14,8 @@ from leibler.train.guards import Guards, State, diagnosis, write_batch
 if TYPE_CHECKING:
     from leibler.data import Record
     from leibler.objective.rows import View
-    from leibler.train.engine import Step
     from leibler.train.journal import Journal
+    from leibler.train.tally import Step
 
 FOLDER = "guards"
 EMPTY_DRAWS = 20

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from leibler import durable
 from leibler.errors import RunError
 from leibler.objective.rows import Rows
-from leibler.train import durable
 
 if TYPE_CHECKING:
     from leibler.train.options import Options

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leibler.train import durable
+from leibler import durable
 from leibler.train.log import Lines
 
 if TYPE_CHECKING:

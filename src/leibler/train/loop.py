@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from leibler import durable
 from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import StepEnd, Validation
 from leibler.safety import printable
-from leibler.train import checkpoint, durable, environment, rollouts, run_file, setup, sharding, stored
+from leibler.train import checkpoint, environment, rollouts, run_file, setup, sharding, stored
 from leibler.train.aligned import alignments
-from leibler.train.engine import Engine, Step
+from leibler.train.engine import Engine
 from leibler.train.guarding import Guarding
 from leibler.train.guards import Guards
 from leibler.train.interrupt import interruptible
@@ -30,6 +31,7 @@ from leibler.train.processes import Processes
 from leibler.train.recipe import Recipe
 from leibler.train.result import Run, finished
 from leibler.train.sources import Context
+from leibler.train.tally import Step
 from leibler.train.validation import validate
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from leibler import durable
 from leibler.cache import PREFIX, fingerprint
 from leibler.errors import RunError
-from leibler.train import durable
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from leibler import durable
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
 from leibler.safety import plain_name, refuse_links
-from leibler.train import durable
 from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 WRITING, REMOVING = ".writing-", ".removing-"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file atomically: ``fill`` is given it, open."""
     aside = path.with_name(WRITING + path.name)
-    aside.write_text(text, encoding="utf-8")
-    flush(aside)
-    aside.rename(path)
+    with aside.open("wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
     flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager
