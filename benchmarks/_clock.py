@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from leibler import memory
+
 
 def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser with ``--threads``, ``--repeats`` and ``--wall``."""
@@ -21,9 +23,14 @@ def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
-def started(arguments: argparse.Namespace, *packages: str) -> Callable[[], float]:
-    """Set the threads, say what runs where, and return the clock."""
+def started(arguments: argparse.Namespace, *packages: str, keep: bool = True) -> Callable[[], float]:
+    """Set the threads, say what runs where, and return the clock.
+
+    Freed memory is kept in the process, for all sides alike: page faults of new memory would strike whoever comes
+    first.
+    """
     torch.set_num_threads(arguments.threads)
+    kept = keep and memory.keep()
     # Processor time of several threads counts each of them: only elapsed time compares sides then.
     wall = arguments.wall or arguments.threads > 1
     found = []
@@ -35,7 +42,9 @@ def started(arguments: argparse.Namespace, *packages: str) -> Callable[[], float
     print(", ".join(found))
     print(
         f"{datetime.date.today()}, {platform.machine()}, Python {platform.python_version()}, {arguments.threads} "
-        f"thread{'s' * (arguments.threads > 1)}, {'elapsed' if wall else 'processor'} time",
+        f"thread{'s' * (arguments.threads > 1)}, {'elapsed' if wall else 'processor'} time"
+        + ", freed memory kept"
+        * kept,
         flush=True,
     )
     return time.perf_counter if wall else time.process_time

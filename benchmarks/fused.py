@@ -14,6 +14,7 @@ resident memory beyond what was held before. Rows of less work than the products
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -181,8 +182,12 @@ def peak_megabytes(run: Callable[[], None]) -> float | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
 
+    # What an earlier run left, gradients above all, would hide what this one takes.
+    for held in gc.get_objects():
+        if isinstance(held, Tensor) and held.is_leaf:
+            held.grad = None
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory freed by an earlier run hides what this one takes
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = read("VmRSS")
         clear.write_text("5")  # resets the high-water mark
         run()

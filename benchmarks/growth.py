@@ -143,7 +143,7 @@ def main() -> None:
     parser = shared.options(__doc__, repeats=1)
     parser.add_argument("--steps", type=int, default=4, help="of each run (default 4; the first does not count)")
     arguments = parser.parse_args()
-    clock = shared.started(arguments)
+    clock = shared.started(arguments, keep=False)
     base = Size()
     print(
         f"Llama, hidden 64, 2 layers, prompts of 12 tokens; unless swept: vocabulary {base.vocabulary}, {base.new} new "

@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="the fastest counts (default 7)")
     arguments = parser.parse_args()
-    shared.started(argparse.Namespace(threads=1, wall=True), "trl")
+    shared.started(argparse.Namespace(threads=1, wall=True), "trl", keep=False)
     scripts = Path(sys.executable).parent
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],

@@ -19,12 +19,16 @@ app = typer.Typer(
 )
 
 
-def _command(name: str, example: str, to: typer.Typer = app) -> Any:
+def _command(name: str, example: str, to: typer.Typer = app, runs_models: bool = False) -> Any:
     """Register a command with an example under its help; Ctrl-C in it exits with 130."""
 
     def register(function: Any) -> Any:
         @wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            if runs_models:
+                from leibler import memory
+
+                memory.keep()
             try:
                 return function(*args, **kwargs)
             except KeyboardInterrupt:
@@ -88,6 +92,7 @@ def show(
     "leibler train grpo student=models/small data=task:addition:digits=2 out=runs/grpo recipe.group_size=4\n"
     "leibler train --resume runs/grpo\n"
     "leibler train runs/grpo/run.yaml out=runs/grpo-again seed=1",
+    runs_models=True,
 )
 def train(
     recipe: Annotated[
@@ -133,6 +138,7 @@ def config(
     "leibler cache --teacher models/large --data train.jsonl --top-k 64 --out caches/train\n"
     "leibler train kd student=models/small teacher=cache:caches/train data=train.jsonl out=runs/kd\n"
     "leibler cache --teacher models/large --student models/small --samples 4 --data prompts.jsonl --out caches/own",
+    runs_models=True,
 )
 def cache(
     teacher: Annotated[str | None, typer.Option(help="The model to run: a directory or a hub id.")] = None,
@@ -161,7 +167,7 @@ def cache(
     cache_command(teacher, data, out, top_k, temperature, dtype, own, limit, batch_tokens, check, quiet)
 
 
-@_command("verify", "leibler verify minillm kdrl\nleibler verify --family preference --full --json")
+@_command("verify", "leibler verify minillm kdrl\nleibler verify --family preference --full --json", runs_models=True)
 def verify(
     slugs: Annotated[list[str] | None, typer.Argument(help="Methods; all, when none is named.")] = None,
     family: Annotated[str | None, typer.Option(help="Only one family.")] = None,
@@ -193,7 +199,7 @@ def report(
     report_command(run_dir, open_it)
 
 
-@_command("demo", "leibler demo --out demo")
+@_command("demo", "leibler demo --out demo", runs_models=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Where to; finished stages of an earlier demo there are kept.")] = Path(
         "demo"
@@ -228,6 +234,7 @@ _Json = Annotated[bool, typer.Option("--json", help="An object, for programs.")]
     "divergence",
     "leibler measure divergence --model runs/kd/final --target models/large --data test.jsonl --divergence renyi",
     to=measure,
+    runs_models=True,
 )
 def measure_divergence(
     model: Annotated[str, typer.Option(help="The model: a directory or a hub id.")],
@@ -253,6 +260,7 @@ def measure_divergence(
     "accuracy",
     "leibler measure accuracy --model runs/grpo/final --data task:addition:digits=2 --limit 200",
     to=measure,
+    runs_models=True,
 )
 def measure_accuracy(
     model: Annotated[str, typer.Option(help="The model: a directory or a hub id.")],
@@ -278,6 +286,7 @@ def measure_accuracy(
     "leibler measure memorisation --student runs/kd/final --teacher models/large --baseline runs/sft/final "
     "--data train.jsonl",
     to=measure,
+    runs_models=True,
 )
 def measure_memorisation(
     student: Annotated[str, typer.Option(help="The distilled model: a directory or a hub id.")],
@@ -303,6 +312,7 @@ def measure_memorisation(
     "leibler measure agreement --student runs/kd/final --base models/small --teacher models/large "
     "--data task:addition:digits=2,n=200",
     to=measure,
+    runs_models=True,
 )
 def measure_agreement(
     student: Annotated[str, typer.Option(help="The distilled model: a directory or a hub id.")],
@@ -338,6 +348,7 @@ _Out = Annotated[Path, typer.Option(help="The file of the kept records; NAME.rea
     "difference",
     "leibler select difference --data corpus:stdlib --teacher models/large --reference models/tiny --out kept.jsonl",
     to=selection,
+    runs_models=True,
 )
 def select_difference(
     data: _Data,
@@ -357,6 +368,7 @@ def select_difference(
     "confident",
     "leibler select confident --data labelled.jsonl --teacher models/large --student models/small --out kept.jsonl",
     to=selection,
+    runs_models=True,
 )
 def select_confident(
     data: _Data,
@@ -376,6 +388,7 @@ def select_confident(
     "leibler select pass-rate --data task:addition:digits=2 --model models/small --samples 8 --out rated.jsonl\n"
     "leibler train paced student=models/small teacher=models/large data=rated.jsonl out=runs/paced",
     to=selection,
+    runs_models=True,
 )
 def select_pass_rate(
     data: _Data,

@@ -8,9 +8,6 @@ so that a repeated run adds in the same order.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +17,6 @@ from leibler.fused.operands import Linear, TargetRows
 
 CHUNKS = (1024, 512, 256, 128)
 _BUDGET = 256 * 2**20
-_HUGE = 4 * 2**20
 
 
 def chunk_tokens(vocab: int, hidden: int, heads: int) -> int:
@@ -61,22 +57,6 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros in fresh memory, on the processor in huge pages where the system offers them.
-
-    A page fault for every 4 kB of a large new tensor costs as much as several elementwise operations on it: with huge
-    pages, a chunk buffer costs a fifth. The memory goes back to the system with the last reference to the tensor.
-    """
-    size = shape[0] * shape[1] * dtype.itemsize
-    if device.type != "cpu" or size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # A kernel built without huge pages refuses the advice, and ordinary pages serve.
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 def keep_heap() -> None:
     """Keep row-block temporaries from being returned to the system, and faulted in again, at every operation.
 
@@ -109,7 +89,7 @@ class Side:
         self.formed: tuple[int, int] | None = None
         self.biased = False
         device = head.weight.device
-        self.logits = zeros((chunk, vocab), dtype, device)
+        self.logits = torch.empty(chunk, vocab, dtype=dtype, device=device)
         # Products in the blocks' own dtype are used in place; others are widened into a block of their own.
         self.wide = None if dtype == block else torch.empty(rows, vocab, dtype=block, device=device)
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leibler.divergence.rows import Functional, Row
-from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype, zeros
+from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype
 from leibler.fused.coarse import CoarseRow, OnCoarse, OtherVocabulary, PushedSide
 from leibler.fused.gpu.kernels import Kernels, kernel_chunk, program_for
 from leibler.fused.operands import Linear, TargetRows, Want
@@ -112,7 +112,7 @@ class Sweep:
         self.factors = [
             (
                 torch.empty_like(hidden) if for_hidden else None,
-                zeros((model.vocab, weight.shape[1]), self.block, weight.device) if for_weight else None,
+                weight.new_zeros(model.vocab, weight.shape[1], dtype=self.block) if for_weight else None,
             )
             for (hidden, weight), for_hidden, for_weight in zip(model.products, factors[::2], factors[1::2])
         ]
