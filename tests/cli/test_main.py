@@ -99,7 +99,8 @@ def test_methods_for_programs(leibler):
 def test_an_unknown_family_is_one_sentence(leibler):
     status, out, err = leibler("methods", "--family", "cooking")
     assert (status, out) == (2, "")
-    assert err == "error: 'cooking' is not a family of methods; families: distillation, policy, preference, measurement.\n"
+    families = "distillation, policy, preference, measurement"
+    assert err == f"error: 'cooking' is not a family of methods; families: {families}.\n"
 
 
 def test_an_unknown_method_suggests_the_nearest(leibler):
