@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from leibler import memory
 def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser with ``--threads``, ``--repeats`` and ``--wall``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=cores, help=f"of torch (default: as many as cores, {cores})")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"the fastest counts (default {repeats})")
-    parser.add_argument("--wall", action="store_true", help="elapsed time; without it, processor time of one thread")
+    parser.add_argument("--wall", action="store_true", help="elapsed time also of one thread (else its processor time)")
     return parser
 
 
