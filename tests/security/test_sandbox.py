@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
@@ -280,6 +281,43 @@ def test_other_processes_are_out_of_reach(program):
     assert left_over() == []
 
 
+@pytest.fixture
+def segment():
+    """The number of a System V shared memory segment of this process, that holds a secret."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.shmat.restype = ctypes.c_void_p
+    number = library.shmget(0, ctypes.c_size_t(4096), 0o1600)  # IPC_PRIVATE, IPC_CREAT
+    assert number >= 0, os.strerror(ctypes.get_errno())
+    ctypes.memmove(library.shmat(number, None, 0), b"a secret", 8)
+    yield number
+    library.shmctl(number, 0, None)
+
+
+@confined
+@pytest.mark.parametrize(
+    "call",
+    [
+        "f.shmat({0}, None, 0)",
+        "f.shmctl({0}, 0, None)",
+        "f.shmctl({0}, 2, ctypes.create_string_buffer(4096))",
+        "f.shmget(0, ctypes.c_size_t(4096), 0o1600)",
+        "f.semctl(0, 0, 0)",
+        "f.semop(0, None, 0)",
+        "f.msgctl(0, 0, None)",
+        "f.msgsnd(0, b'0' * 64, 8, 0o4000)",
+        "f.msgrcv(0, ctypes.create_string_buffer(64), 8, 0, 0o4000)",
+        "f.mq_unlink(b'/a')",
+    ],
+)
+def test_shared_memory_and_queues_are_out_of_reach(call, segment):
+    program = "import ctypes, errno\nf = ctypes.CDLL(None, use_errno=True)\nf.shmat.restype = ctypes.c_ssize_t\n"
+    program += f"print({call.format(segment)}, errno.errorcode.get(ctypes.get_errno()))"
+    assert attempt(program).stdout == "-1 EPERM\n"
+    seen = ctypes.CDLL(None)
+    seen.shmat.restype = ctypes.c_void_p
+    assert ctypes.string_at(seen.shmat(segment, None, 0o10000), 8) == b"a secret"
+
+
 @confined
 def test_a_program_dies_with_whoever_runs_it(tmp_path):
     """A trainer that is killed leaves no program running."""
@@ -390,19 +428,29 @@ def test_without_confinement_nothing_is_run_unless_allowed(monkeypatch):
     assert PassesTests(weaker=True)([ADD], ["def add(a, b): return a + b"]) == [1.0]
 
 
-def test_a_kernel_without_landlock_runs_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("there", "here", "says"),
+    [
+        ('"Landlock", 444', '"Landlock", 9999', "Landlock is not possible here"),
+        ("version = _call(", "version = 2 or (", "this kernel's Landlock"),
+    ],
+    ids=["none", "too old"],
+)
+def test_a_kernel_without_landlock_runs_nothing(there, here, says, tmp_path):
     """The inside fails closed: it ends with its own status before the program begins."""
     from leibler.data import sandbox, sandboxed
 
     child = tmp_path / "sandboxed.py"
-    child.write_text(Path(sandboxed.__file__).read_text().replace('"Landlock", 444', '"Landlock", 9999'))
+    text = Path(sandboxed.__file__).read_text()
+    assert there in text
+    child.write_text(text.replace(there, here))
     before, sandbox._CHILD = sandbox._CHILD, child
     try:
         outcome, status = sandbox._run("print('ran')", "", Limits(), require=True)
     finally:
         sandbox._CHILD = before
     assert (outcome.stdout, status) == ("", sandboxed.UNCONFINED)
-    assert outcome.reason.startswith("Landlock is not possible here")
+    assert outcome.reason.startswith(says)
 
 
 @confined

@@ -92,7 +92,7 @@ def run_program(program: str, given: str = "", limits: Limits = Limits(), *, wea
         program: its text.
         given: what it reads from standard input.
         limits: what it may use.
-        weaker: run it although the machine cannot confine it (not Linux, or a kernel without Landlock or seccomp):
+        weaker: run it although the machine cannot confine it (not Linux 6.2 or newer, or without Landlock or seccomp):
             then only time, memory, output and the environment are limited, and it may read what you may read.
 
     Raises:
@@ -106,7 +106,7 @@ def run_program(program: str, given: str = "", limits: Limits = Limits(), *, wea
     """
     if not weaker and (why := confinement()):
         raise DataError(
-            f"programs are not run here because they cannot be confined: {why}; train on Linux 5.13 or newer, or "
+            f"programs are not run here because they cannot be confined: {why}; train on Linux 6.2 or newer, or "
             "accept programs that can read your files with weaker=True."
         )
     return _run(program, given, limits, require=not weaker)[0]

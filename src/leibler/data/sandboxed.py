@@ -38,7 +38,8 @@ _X86_64 = {
     "chmod": 90, "fchmod": 91, "fchmodat": 268, "chown": 92, "fchown": 93, "lchown": 94, "fchownat": 260,
     "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280,
     "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
-    "memfd_create": 319, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
+    "memfd_create": 319, "shmget": 29, "shmat": 30, "shmctl": 31, "mq_open": 240, "mq_unlink": 241,
+    "semget": 64, "semop": 65, "semctl": 66, "semtimedop": 220, "msgget": 68, "msgsnd": 69, "msgrcv": 70, "msgctl": 71,
     "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "unshare": 272, "setns": 308, "personality": 135,
     "open_by_handle_at": 304, "bpf": 321, "userfaultfd": 323, "migrate_pages": 256, "move_pages": 279,
     "add_key": 248, "request_key": 249, "keyctl": 250,
@@ -52,7 +53,9 @@ _ARM64 = {
     "sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "sched_setattr": 274,
     "fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54, "utimensat": 88,
     "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16,
-    "memfd_create": 279, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
+    "memfd_create": 279, "shmget": 194, "shmctl": 195, "shmat": 196, "mq_open": 180, "mq_unlink": 181,
+    "semget": 190, "semctl": 191, "semtimedop": 192, "semop": 193,
+    "msgget": 186, "msgctl": 187, "msgrcv": 188, "msgsnd": 189,
     "mount": 40, "umount2": 39, "pivot_root": 41, "chroot": 51, "unshare": 97, "setns": 268, "personality": 92,
     "open_by_handle_at": 265, "bpf": 280, "userfaultfd": 282, "migrate_pages": 238, "move_pages": 239,
     "add_key": 217, "request_key": 218, "keyctl": 219,
@@ -162,7 +165,9 @@ def _landlock() -> None:
     """Files: Python's own library and the system's shared libraries may be read; nothing else, and nothing written."""
     library = _system()
     version = _call(library, "Landlock", 444, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
-    every = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14 | (version >= 5) << 15
+    if version < 3:
+        raise Refused("this kernel's Landlock cannot forbid to truncate files (Linux 6.2 can)")
+    every = (1 << 15) - 1 | (version >= 5) << 15
     network, scope = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     attributes = struct.pack("QQQ", every, network, scope)[:size]
