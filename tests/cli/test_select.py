@@ -70,3 +70,21 @@ def test_pass_rates_are_a_column_that_paced_trains_on(models, tmp_path):
     train = ("train", "paced", f"student={models[0]}", f"teacher={models[1]}", f"data={out}", f"out={tmp_path / 'run'}")
     assert leibler(*train, "steps=1", "batch_size=4") == 0
     assert leibler(*given, "--least", 2, "--most", 3, "--out", tmp_path / "none.jsonl") == 2
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        ("kept.parquet", "kept.parquet does not end in .jsonl; give the selected data a name that does"),
+        ("kept", "kept does not end in .jsonl"),
+        ("old.jsonl", "old.reasons.jsonl exists; give another name"),
+    ],
+)
+def test_where_nothing_can_be_written_no_model_is_read(out, says, tmp_path, capsys):
+    (tmp_path / "old.reasons.jsonl").write_text("mine")
+    models = ("--teacher", tmp_path / "nowhere", "--reference", tmp_path / "nowhere")
+    assert leibler("select", "difference", "--data", TASK, *models, "--out", tmp_path / out) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["old.reasons.jsonl"]

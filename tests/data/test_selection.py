@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 
@@ -57,6 +58,19 @@ def test_what_is_written_can_be_loaded_and_says_why(tmp_path):
     assert found.summary() == "2 of 4 records kept; left out by score: 2"
     with pytest.raises(DataError, match="exists; give another name"):
         found.write(tmp_path / "new" / "kept.jsonl")
+
+
+def test_dates_are_written_as_text(tmp_path):
+    data = Dataset((Record("a", completion="b", extra={"day": datetime.date(2020, 1, 2)}),), "d")
+    select(data, {"score": [1.0]}).write(tmp_path / "kept.jsonl")
+    assert load(tmp_path / "kept.jsonl")[0].extra == {"day": "2020-01-02", "score": 1.0}
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    data = Dataset((Record("a"), Record("b", extra={"names": {(1, 2): 3}})), "d")
+    with pytest.raises(TypeError, match="keys must be"):
+        select(data, {"score": [1.0, 2.0]}).write(tmp_path / "kept.jsonl")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

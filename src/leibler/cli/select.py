@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leibler.cli.output import Working
-from leibler.errors import DataError
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
@@ -62,8 +61,9 @@ def pass_rate_command(
 
 def _free(out: Path) -> None:
     """Refuse before the models are loaded, not after an hour of scoring."""
-    if out.exists():
-        raise DataError(f"{out} exists; give another name for the selected data.")
+    from leibler.data.selection import free
+
+    free(out)
 
 
 def _load(data: str, needs: tuple[str, ...], limit: int | None) -> Dataset:

@@ -77,7 +77,7 @@ class SetAside:
         return json.dumps(row)
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     """What JSON does not know, as text that is the same in every process: dates, bytes, arrays, sets."""
     if isinstance(value, (set, frozenset)):
         return str(sorted(map(str, value)))
@@ -163,7 +163,7 @@ class Dataset:
         state = hashlib.sha256()
         for record in self.records:
             row = [getattr(record, name) for name in FIELDS] + [dict(record.extra)]
-            state.update(json.dumps(row, sort_keys=True, default=_told).encode() + b"\n")
+            state.update(json.dumps(row, sort_keys=True, default=told).encode() + b"\n")
         return state.hexdigest()
 
     def order(self, epoch: int, seed: int = 0) -> tuple[int, ...]:

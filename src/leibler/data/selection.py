@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from leibler.data.records import FIELDS, Dataset, Record
+from leibler import durable
+from leibler.data.records import FIELDS, Dataset, Record, told
 from leibler.errors import DataError
 
 Columns = Mapping[str, Sequence[float]]
@@ -137,24 +138,25 @@ class Selection:
     def write(self, path: Path) -> Path:
         """Write the kept records to ``path`` and every record's fate to ``NAME.reasons.jsonl`` beside it.
 
-        Returns the second path. Nothing is overwritten.
+        Returns the second path. Nothing is overwritten, and nothing half written. What JSON does not know, such as a
+        date, becomes text.
 
         Raises:
-            DataError: one of the files exists.
+            DataError: the path does not end in ``.jsonl``, or one of the files exists.
         """
-        reasons = path.with_name(f"{path.name.removesuffix('.jsonl')}.reasons.jsonl")
-        for file in (path, reasons):
-            if file.exists():
-                raise DataError(f"{file} exists; give another name for the selected data.")
+        reasons = free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with reasons.open("w", encoding="utf-8") as file:
-            for record, reason in zip(self.records, self.reasons, strict=True):
-                row = {"source": record.source, "id": record.id, "kept": reason is None, "reason": reason or "kept"}
-                file.write(json.dumps({**row, "prompt": record.prompt[:200], **_numbers(record)}) + "\n")
-        with path.open("w", encoding="utf-8") as file:
-            for record in self.kept:
-                fields = {name: getattr(record, name) for name in FIELDS if getattr(record, name) is not None}
-                file.write(json.dumps({**record.extra, **fields}) + "\n")
+        fates = []
+        for record, reason in zip(self.records, self.reasons, strict=True):
+            row = {"source": record.source, "id": record.id, "kept": reason is None, "reason": reason or "kept"}
+            fates.append({**row, "prompt": record.prompt[:200], **_numbers(record)})
+        kept = []
+        for record in self.kept:
+            fields = {name: getattr(record, name) for name in FIELDS if getattr(record, name) is not None}
+            kept.append({**record.extra, **fields})
+        # Both as text first: what cannot be written leaves nothing behind.
+        for file, text in [(reasons, _lines(fates)), (path, _lines(kept))]:
+            durable.write_text(file, text)
         return reasons
 
     def summary(self) -> str:
@@ -163,6 +165,25 @@ class Selection:
         lacking = Counter(reason.split(" ", 1)[0] for reason in self.reasons if reason is not None)
         why = "; left out by " + ", ".join(f"{name}: {n}" for name, n in lacking.most_common()) if lacking else ""
         return f"{kept} of {total} records kept{why}"
+
+
+def free(path: Path) -> Path:
+    """Where the reasons of a selection go whose records go to ``path``, if nothing stands in the way.
+
+    Raises:
+        DataError: the path does not end in ``.jsonl``, or one of the files exists.
+    """
+    if path.suffix != ".jsonl":
+        raise DataError(f"{path} does not end in .jsonl; give the selected data a name that does.")
+    reasons = path.with_suffix(".reasons.jsonl")
+    for file in (path, reasons):
+        if file.exists():
+            raise DataError(f"{file} exists; give another name for the selected data.")
+    return reasons
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, default=told) + "\n" for row in rows)
 
 
 def _numbers(record: Record) -> dict[str, float]:
