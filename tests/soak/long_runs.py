@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 from leibler import recipes
 from leibler.data import Brackets
@@ -80,8 +81,8 @@ def small(seed: int) -> CausalLM:
     return tiny_llama(character_tokenizer(TASK.alphabet), hidden=32, layers=1, heads=2, seed=seed)
 
 
-def rows(slug: str) -> list[dict[str, str]]:
-    """Prompts with right answers, and wrong ones for methods that learn from given pairs."""
+def rows(slug: str) -> list[dict[str, Any]]:
+    """Prompts with right answers, wrong ones for methods that learn from given pairs, and the columns of some methods."""
     records = TASK.sample(200, seed=0)
     recipe = recipes.get(slug)
     pairs = (
@@ -89,4 +90,13 @@ def rows(slug: str) -> list[dict[str, str]]:
     )
     if pairs:
         return [{"prompt": r.prompt, "chosen": str(r.completion), "rejected": "(("} for r in records]
-    return [{"prompt": r.prompt, "completion": str(r.completion), "answer": str(r.answer)} for r in records]
+    return [
+        {
+            "prompt": r.prompt,
+            "completion": str(r.completion),
+            "answer": str(r.answer),
+            "pass_rate": i % 5 / 4,
+            "label_logp": [-0.5] * (len(str(r.completion)) + 1),  # one a character, and one for the end
+        }
+        for i, r in enumerate(records)
+    ]
