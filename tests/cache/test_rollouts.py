@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from leibler.cache import roll_out
-from leibler.data import load
+from leibler.data import Dataset, Record, load
 from leibler.errors import RunError
 from train.running import RECORDS, student
 
@@ -56,6 +57,23 @@ def test_lines_say_what_was_sampled(tmp_path: Path) -> None:
         assert line["answer"] == next(r["answer"] for r in RECORDS if r["prompt"] == line["prompt"])
         if not line["finished"] and not line["changed"]:
             assert len(model.encode_completion(line["completion"])) == 5  # four tokens and the end
+
+
+def test_dates_of_a_record_are_kept_as_text(tmp_path: Path) -> None:
+    prompts = Dataset(tuple(Record(r["prompt"], extra={"day": datetime.date(2020, 1, 2)}) for r in RECORDS[:3]), "d")
+    out, _ = roll_out(student(0, dropout=0.0), prompts, tmp_path, samples=3, max_new_tokens=3)
+    assert {json.loads(line)["day"] for line in out.read_text().splitlines()} == {"2020-01-02"}
+
+
+@pytest.mark.parametrize("settings", [None, "", '{"student": 1', "[]", "{}"])
+@pytest.mark.parametrize("left", ["rollouts.jsonl", "rollouts.partial.jsonl"])
+def test_rollouts_without_whole_settings_are_refused(tmp_path: Path, left: str, settings: str | None) -> None:
+    (tmp_path / left).write_text("")
+    if settings is not None:
+        (tmp_path / "rollouts.json").write_text(settings)
+    with pytest.raises(RunError, match=r"missing or damaged, .* to sample again|rollouts of another student;"):
+        draw(tmp_path)
+    assert (tmp_path / left).read_text() == ""
 
 
 def test_other_arguments_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from leibler.data import Dataset, Record
 from leibler.errors import DataError, LeiblerError, ModelError, RecipeError, RunError
 from leibler.fused import TopK
 from leibler.objective import Rows
-from leibler.policy import CausalLM, character_tokenizer, right_pad
+from leibler.policy import CausalLM, Lora, character_tokenizer, right_pad
 from train.conformance import TOKENIZER, tiny
 
 RECORDS = tuple(
@@ -73,6 +73,19 @@ def test_what_is_read_is_what_the_teacher_says_in_any_order(made: Path) -> None:
         assert torch.allclose(target.law.rest.double(), rest, atol=1e-4)
         assert target.law.temperature == 0.8
         assert torch.allclose(cache.logp(rows).double(), expected.gather(1, rows.label[:, None])[:, 0], atol=1e-4)
+
+
+def test_dropout_of_an_adapter_on_the_head_is_off(tmp_path: Path) -> None:
+    model = teacher().adapted(Lora(rank=4, alpha=64.0, dropout=0.5, targets=("lm_head",)))
+    with torch.no_grad():
+        for name, parameter in model.causal.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    for name, training in (("calm", False), ("trained", True)):
+        model.train(training)
+        write(model, DATA, tmp_path / name, top_k=5)
+        assert model.training is training
+    assert (tmp_path / "calm/shard-00000.npy").read_bytes() == (tmp_path / "trained/shard-00000.npy").read_bytes()
 
 
 def test_a_part_of_a_completion_is_read_as_that_part(made: Path) -> None:

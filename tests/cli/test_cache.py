@@ -130,6 +130,10 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(
         (("--teacher", "large", "--data", "prompts.jsonl", "--out", "c"), "no completions that a teacher could read"),
         (("--teacher", "large", "--data", "sums.jsonl", "--out", "."), "is not empty (it holds"),
         (("--teacher", "large", "--data", "sums.jsonl", "--out", "c", "--dtype", "int8"), "float32 or float16"),
+        (
+            ("--teacher", "nowhere", "--data", "sums.jsonl", "--out", "c", "--limit", "0"),
+            "--limit 0 leaves no record of",
+        ),
         (("--check", "large"), "large is no teacher cache"),
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leibler import durable
 from leibler.cache.identity import fingerprint
+from leibler.data.records import told
 from leibler.errors import RunError
 from leibler.safety import refuse_links
 
@@ -51,7 +52,7 @@ def roll_out(
         ``changed``.
 
     Raises:
-        RunError: the folder holds rollouts of other arguments.
+        RunError: the folder holds rollouts of other arguments, or some whose settings are missing or damaged.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,21 +68,22 @@ def roll_out(
     }
     counts = {"completions": 0, "blank": 0, "unfinished": 0, "changed": 0}
     out, partial = folder / ROLLOUTS, folder / PARTIAL
-    if (folder / SETTINGS).exists():
-        _same(folder / SETTINGS, settings)
+    if out.exists() or partial.exists() or (folder / SETTINGS).exists():
+        before = _before(folder, finished=out.exists())
+        _same(folder, before, settings)
+        if out.exists():
+            return out, before["counts"]
     else:
         durable.write_text(folder / SETTINGS, json.dumps(settings, indent=1))
-    if out.exists():
-        return out, json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["counts"]
     batches = _whole_batches(partial)
     done, drawn = len(batches) * batch_size, 0
     with partial.open("ab") as file:
         for start in range(done, len(prompts), batch_size):
-            records = list(prompts)[start : start + batch_size]
+            records = prompts.records[start : start + batch_size]
             lines, count = _sampled(student, records, start, samples, max_new_tokens, temperature, seed)
             drawn += count
             batches.append(lines)
-            file.write(json.dumps(lines).encode() + b"\n")
+            file.write(json.dumps(lines, default=told).encode() + b"\n")
             file.flush()
             if progress is not None:
                 progress(min(start + batch_size, len(prompts)), len(prompts), drawn)
@@ -90,14 +92,16 @@ def roll_out(
         _count(counts, line)
     # Blank completions stand in the partial file alone: no reader of data takes them.
     durable.write_text(folder / SETTINGS, json.dumps({**settings, "counts": counts}, indent=1))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept if line["completion"].strip())
+    text = "".join(
+        json.dumps(line, ensure_ascii=False, default=told) + "\n" for line in kept if line["completion"].strip()
+    )
     durable.write_text(out, text)
     partial.unlink()
     return out, counts
 
 
 def _sampled(
-    student: CausalLM, records: list[Any], start: int, samples: int, longest: int, temperature: float, seed: int
+    student: CausalLM, records: Sequence[Any], start: int, samples: int, longest: int, temperature: float, seed: int
 ) -> tuple[list[dict[str, Any]], int]:
     from leibler.policy import sample, uniforms
 
@@ -141,11 +145,25 @@ def _whole_batches(partial: Path) -> list[list[dict[str, Any]]]:
     return batches
 
 
-def _same(path: Path, settings: dict[str, Any]) -> None:
-    before = json.loads(path.read_text(encoding="utf-8"))
+def _before(folder: Path, *, finished: bool) -> dict[str, Any]:
+    """The settings of what the folder holds, and the counts if it is finished."""
+    try:
+        before = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        whole = isinstance(before, dict) and (not finished or isinstance(before.get("counts"), dict))
+    except (OSError, ValueError):
+        whole = False
+    if not whole:
+        raise RunError(
+            f"{folder} holds rollouts, but {SETTINGS} is missing or damaged, which says how they were made; remove "
+            f"{ROLLOUTS}, {SETTINGS} and {PARTIAL} to sample again, or give another directory."
+        )
+    return before
+
+
+def _same(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if before.get(key) != value:
             shown = "" if key in ("student", "prompts") else f" ({before.get(key)} then, {value} now)"
             raise RunError(
-                f"{path.parent} holds rollouts of another {key}{shown}; give the same again, or another directory."
+                f"{folder} holds rollouts of another {key}{shown}; give the same again, or another directory."
             )

@@ -16,7 +16,6 @@ from leibler.cache.layout import (
     INDEX,
     INDEX_DTYPE,
     MANIFEST,
-    FileEntry,
     Manifest,
     record_dtype,
     save_array,
@@ -240,8 +239,7 @@ def _fill(records: np.ndarray, shard: Sequence[_Sequence], teacher: CausalLM, ma
         ]
         tokens, attention, mask = (x.to(teacher.device) for x in right_pad(pairs))
         with evaluating(teacher):
-            hidden = teacher(tokens, attention)[:, :-1][mask]
-        head = teacher.linear(hidden, manifest.temperature)
+            head = teacher.linear(teacher(tokens, attention)[:, :-1][mask], manifest.temperature)
         kept, label = top_k(head, manifest.k, token=tokens[:, 1:][mask], vocab=teacher.vocab_size)
         assert isinstance(kept.law, TopK)
         assert label is not None
@@ -273,4 +271,4 @@ def _batches(shard: Sequence[_Sequence], limit: int) -> Iterator[list[int]]:
     yield current
 
 
-__all__ = ["BATCH_TOKENS", "KEPT", "SHARD_TOKENS", "FileEntry", "begun", "write"]
+__all__ = ["BATCH_TOKENS", "KEPT", "SHARD_TOKENS", "begun", "write"]

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from leibler.cli import INTERRUPTED
+
 app = typer.Typer(
     name="leibler",
     help="Learning that leans on a divergence: distil, align, reinforce and measure language models.",
@@ -33,7 +35,7 @@ def _command(name: str, example: str, to: typer.Typer = app, runs_models: bool =
                 return function(*args, **kwargs)
             except KeyboardInterrupt:
                 typer.echo("interrupted", err=True)
-                raise typer.Exit(130) from None
+                raise typer.Exit(INTERRUPTED) from None
 
         lines = "\n".join(f"  {line}" for line in example.strip().splitlines())
         # \b keeps the lines of an example as they are

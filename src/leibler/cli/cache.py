@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from leibler.cli import INTERRUPTED
 from leibler.cli.output import Working
 from leibler.errors import RunError
 
 if TYPE_CHECKING:
     from leibler.policy import CausalLM
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,8 @@ def cache_command(
     if teacher is None or data is None or out is None:
         missing = next(n for n, v in (("--teacher", teacher), ("--data", data), ("--out", out)) if v is None)
         raise RunError(f"{missing} was not given; `leibler cache --help` has an example.")
+    if limit is not None and limit < 1:
+        raise RunError(f"--limit {limit} leaves no record of {data}; ask for at least 1.")
     from leibler.cache.writer import begun
 
     begun(out)  # before anything is loaded

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from leibler.cli import overrides
+from leibler.cli import INTERRUPTED, overrides
 from leibler.cli.building import PREFIX, recipe_from
 from leibler.errors import RunError
 from leibler.safety import printable
@@ -19,7 +19,6 @@ NAMED = ("data", "models")
 """Keys that take a name after a dot: ``models.base=DIR``."""
 SINGLE = ("student", "teacher", "data", "validation", "out")
 TRUST = "trust_remote_code"
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
