@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,3 +253,31 @@ def test_a_divergence_needs_its_target() -> None:
     assert not Entropy().needs_target
     for functional in (ReverseKL(), SampledLogProb(), Entropy()):
         assert isinstance(functional, Functional)
+
+
+class Weighted(SumForm):
+    """A plain class with a number of its own."""
+
+    def __init__(self, lam: float) -> None:
+        self.lam = lam
+
+
+class Tilted(ForwardKL):
+    def __init__(self, lam: float) -> None:
+        self.lam = lam
+
+
+@pytest.mark.parametrize("kind", [Weighted, Tilted, Alpha])
+def test_equal_means_equal_in_all_that_they_hold(kind: Any) -> None:
+    assert kind(1.0) == kind(1.0)
+    assert kind(1.0) != kind(100.0)
+    assert {kind(1.0): "one", kind(100.0): "other"}[kind(1.0)] == "one"
+    assert pickle.loads(pickle.dumps(kind(1.0))) == kind(1.0)
+
+
+def test_named_divergences_stay_frozen_and_equal() -> None:
+    assert JensenShannon(0.1) == JensenShannon(beta=0.1)
+    assert hash(JensenShannon(0.1)) == hash(JensenShannon(0.1))
+    assert ForwardKL() == ForwardKL() != ReverseKL()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        JensenShannon(0.1).beta = 0.2  # type: ignore[misc]

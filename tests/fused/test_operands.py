@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fused.helpers import Entropy, Products, Reverse, Sampled, assert_close, heads
+from leibler.divergence import block_rows
 from leibler.errors import DataError, LeiblerError, ModelError, RecipeError
 from leibler.fused import Linear, LowRank, TargetRows, Want, functionals, one_pass, sweep
-from leibler.fused.blocks import CHUNKS, block_rows, chunk_tokens
+from leibler.fused.blocks import CHUNKS, chunk_tokens
 from leibler.fused.functions import one_pass_per_token
 
 
@@ -30,6 +31,7 @@ def test_row_blocks_stay_near_two_megabytes() -> None:
         assert block_rows(vocab) * vocab * 4 <= 2**21 + 4 * vocab
         assert block_rows(vocab) >= 2
     assert block_rows(10**7) == 2
+    assert sweep.block_rows is block_rows  # one rule, whether logits are given or formed
 
 
 @pytest.mark.parametrize(

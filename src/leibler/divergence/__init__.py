@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from leibler.divergence.adaptive import AdaptiveKL
 from leibler.divergence.argmax import ArgmaxMargin
-from leibler.divergence.base import Divergence, block_rows
+from leibler.divergence.base import Divergence
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
@@ -15,7 +15,7 @@ from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewRevers
 from leibler.divergence.pair import Pair, pair
 from leibler.divergence.power import Alpha, ChiSquared, Hellinger, Power, Renyi, ReverseChiSquared, Tsallis
 from leibler.divergence.registry import get, names
-from leibler.divergence.rows import FLOOR, LN2, LOG2E, Functional, Row, to_row
+from leibler.divergence.rows import FLOOR, LN2, LOG2E, Functional, Row, block_rows, to_row
 from leibler.divergence.tiers import RowFunction, SumForm, Swapped
 
 __all__ = [

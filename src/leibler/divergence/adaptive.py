@@ -19,7 +19,7 @@ _INDEXED = 2**17
 """Indices made at a time: they take twice the bytes of the numbers, and should stay in the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdaptiveKL(Divergence):
     """``w KL(q || p) + (1 - w) KL(p || q)``, ``w = g_head / (g_head + g_tail)`` held constant in the gradient.
 
@@ -64,7 +64,7 @@ class AdaptiveKL(Divergence):
         return _ExchangedAdaptiveKL(self.head_mass)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ExchangedAdaptiveKL(AdaptiveKL):
     """``AdaptiveKL`` of (target, model): the head is the model's."""
 

@@ -14,7 +14,7 @@ from leibler.divergence.rows import LN2, Row
 from leibler.errors import RecipeError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArgmaxMargin(Divergence):
     """``-log sigmoid(beta h)`` with ``h = log p(a)/p(b) - log q(a)/q(b)``, ``a`` q's most likely token, ``b`` p's.
 

@@ -10,26 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leibler.divergence.pair import Pair
-from leibler.divergence.rows import Row
+from leibler.divergence.rows import Row, block_rows
 from leibler.errors import RecipeError
 
 HUGE = 1e20
 """Finite values beyond this come from ``FLOOR`` and mean infinity."""
-_BLOCK = 2**19
 
 
-def block_rows(vocab: int, device: str = "cpu") -> int:
-    """Rows per block: about 2 MB of float32, which stays in a processor's cache; 128 MB where launches are what costs.
-
-    >>> block_rows(32768), block_rows(32768, "cuda")
-    (16, 1024)
-    """
-    if device == "cpu":
-        return max(2, min(64, _BLOCK // max(vocab, 1)))
-    return max(64, 64 * _BLOCK // max(vocab, 1))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Divergence:
     """How far the model's row ``p`` is from the target's row ``q``, in nats; final classes supply the formula.
 
@@ -39,8 +27,15 @@ class Divergence:
     capability that is missing raises ``RecipeError``.
 
     Subclasses implement ``_value`` and ``_add_gradient``; this class sees to infinite rows: their value is inf
-    and their gradient 0.
+    and their gradient 0. Two divergences are equal if they are of one class and all that they hold is equal.
     """
+
+    # Not those of a dataclass, which a plain subclass would inherit without its own attributes.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
 
     @property
     def needs_target(self) -> bool:

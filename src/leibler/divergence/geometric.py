@@ -20,7 +20,7 @@ SMALL = 0.02
 """A Cauchy-Schwarz divergence below this is computed again from log-ratios."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TotalVariation(Divergence):
     """``sum |p - q| / 2``, between 0 and 1; symmetric. Generator ``f(u) = |u - 1| / 2``.
 
@@ -68,7 +68,7 @@ class TotalVariation(Divergence):
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CauchySchwarz(Divergence):
     """``-log((sum p q)^2 / (sum p^2 sum q^2))``: minus twice the log of the cosine; symmetric, not an f-divergence.
 

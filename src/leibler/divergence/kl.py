@@ -15,7 +15,7 @@ from leibler.divergence.pair import pair
 from leibler.divergence.rows import LN2, Row
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ForwardKL(Divergence):
     """``KL(q || p) = sum q log(q / p)``: the model must cover the target.
 
@@ -55,7 +55,7 @@ class ForwardKL(Divergence):
         return ReverseKL()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReverseKL(Divergence):
     """``KL(p || q) = sum p log(p / q)``: the model must stay inside the target.
 
@@ -97,7 +97,7 @@ class ReverseKL(Divergence):
         return ForwardKL()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Jeffreys(Divergence):
     """``KL(p || q) + KL(q || p) = sum (p - q) log(p / q)``: symmetric.
 

@@ -17,8 +17,6 @@ from leibler.divergence.pair import EXTREME, pair, vecdot
 from leibler.divergence.rows import LN2, Row
 from leibler.errors import RecipeError
 
-TINY = 2.0**-100
-"""Floor of a mixture's probability where its logarithm is taken: logarithms of denormals are slow."""
 FAR = 100.0
 """Base-2 log-ratios are cut off here: beyond, the smaller probability adds nothing to the mixture or to the sum."""
 SMALL = 0.01
@@ -55,7 +53,7 @@ def _mean(row: Row, k: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
     return vecdot(row.weights, k) / row.total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JensenShannon(Divergence):
     """``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; at most ``log 2`` for beta = 1/2.
 
@@ -133,7 +131,7 @@ class JensenShannon(Divergence):
         return JensenShannon(1.0 - self.beta)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SkewForwardKL(Divergence):
     """``KL(q || lam q + (1 - lam) p)``, at most ``-log lam``; ``ForwardKL`` at lam = 0.
 
@@ -197,7 +195,7 @@ class SkewForwardKL(Divergence):
         return SkewReverseKL(self.lam)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SkewReverseKL(Divergence):
     """``KL(p || lam p + (1 - lam) q)``, at most ``-log lam``; ``ReverseKL`` at lam = 0.
 

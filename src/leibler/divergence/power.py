@@ -38,7 +38,7 @@ class _Saved(NamedTuple):
     """Rows whose S - 1 is a mean of ``expm1``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PowerKernel(Divergence):
     """``weight * (S - 1) / (a (a - 1))``, or ``weight * log S / (a (a - 1))`` if ``logarithmic``; a is the ``order``.
 
@@ -204,7 +204,7 @@ def _check_order(divergence: Divergence, name: str, order: float, positive: bool
         raise RecipeError(f"{type(divergence).__name__}({name}={order}) is not a divergence: {name} must be {kind}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Power(PowerKernel):
     """The family with its numbers spelled out; what ``swapped()`` of a member gives."""
 
@@ -225,7 +225,7 @@ class Power(PowerKernel):
         return self.log
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Alpha(PowerKernel):
     """``(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1))``; alpha 0 is ``ForwardKL``, alpha 1 ``ReverseKL``.
 
@@ -252,7 +252,7 @@ class Alpha(PowerKernel):
         return Alpha(1.0 - self.alpha)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tsallis(PowerKernel):
     """``(sum p^r q^(1 - r) - 1) / (r - 1)`` of order r (the argument ``q``); order 1 is ``ReverseKL``.
 
@@ -282,7 +282,7 @@ class Tsallis(PowerKernel):
         return self.q
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Renyi(PowerKernel):
     """``log(sum p^alpha q^(1 - alpha)) / (alpha - 1)``; order 1 is ``ReverseKL``. Not an f-divergence.
 
@@ -316,7 +316,7 @@ class Renyi(PowerKernel):
         return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChiSquared(PowerKernel):
     """``sum (p - q)^2 / q`` (Pearson). Generator ``f(u) = (u - 1)^2``; ``log(1 + D)`` is ``Renyi(2)``.
 
@@ -341,7 +341,7 @@ class ChiSquared(PowerKernel):
         return ReverseChiSquared()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReverseChiSquared(PowerKernel):
     """``sum (p - q)^2 / p`` (Neyman). Generator ``f(u) = (u - 1)^2 / u``.
 
@@ -366,7 +366,7 @@ class ReverseChiSquared(PowerKernel):
         return ChiSquared()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hellinger(PowerKernel):
     """``sum (sqrt p - sqrt q)^2 = 2 (1 - sum sqrt(p q))``, between 0 and 2; symmetric. ``f(u) = (sqrt u - 1)^2``.
 

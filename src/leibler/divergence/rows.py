@@ -75,6 +75,20 @@ class Row:
         return (self.logits - self.normaliser) * LN2
 
 
+def block_rows(vocab: int, device: str = "cpu") -> int:
+    """Rows per elementwise block: about 2 MB of float32 on a processor, whose cache they stay in, 128 MB elsewhere.
+
+    Elsewhere it is launches that cost. A small vocabulary gets many rows: with blocks of 64, the calls themselves took
+    five times the work at 19 entries and half as long again at 512.
+
+    Examples:
+        >>> block_rows(151936), block_rows(32768), block_rows(100), block_rows(32768, "cuda")
+        (3, 16, 1024, 1024)
+    """
+    elements = 2**19 if device == "cpu" else 2**25
+    return min(max(elements // max(vocab, 1), 2), 1024)
+
+
 def to_row(logits: Float[Tensor, "rows vocab"], scale: float = 1.0) -> Row:
     """A ``Row`` of natural logits times ``scale``: float32 at least, base 2, ``FLOOR`` in place of -inf."""
     dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -36,7 +36,7 @@ def add_logit_gradient(
     grad.addcmul_(model.weights, -coefficient * h.sum(dim=-1, keepdim=True) / model.total)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowFunction(Divergence):
     """Any function of a block of model rows and target rows, differentiated by autograd within the block.
 
@@ -78,7 +78,7 @@ class RowFunction(Divergence):
         return RowFunction(lambda logp, logq: self.fn(logq, logp))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SumForm(Divergence):
     """A divergence stated as sums over the vocabulary, ``S_j = sum_v s_j(log p_v, log q_v)``, and their combination.
 
@@ -141,7 +141,7 @@ class SumForm(Divergence):
         return values + surrogate - surrogate.detach()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Swapped(Divergence):
     """``D`` with its arguments exchanged, still descended in the model: ``Swapped(D)(p, q) = D(q, p)``.
 

@@ -35,20 +35,6 @@ def chunk_tokens(vocab: int, hidden: int, heads: int) -> int:
     return CHUNKS[-1]
 
 
-def block_rows(vocab: int, device: str = "cpu") -> int:
-    """Rows per elementwise block: about 2 MB of float32 on a processor, 128 MB where launches are what costs.
-
-    A small vocabulary gets whole chunks: with blocks of 64 rows, the calls themselves took five times the work at 19
-    entries and half as long again at 512.
-
-    Examples:
-        >>> block_rows(151936), block_rows(32768), block_rows(100)
-        (3, 16, 1024)
-    """
-    elements = 2**19 if device == "cpu" else 2**25
-    return min(max(elements // vocab, 2), CHUNKS[0])
-
-
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the matrix products: the weight's, or the one that autocast asks for."""
     device = weight.device.type

@@ -137,7 +137,8 @@ class Merged(OtherVocabulary):
         model_map: of the model's entries.
         law: the target's heads.
         law_map: of their entries, into the same cells.
-        present: ``[n]`` false where the target says nothing: the divergence is 0 there, and so is its gradient.
+        present: ``[n]`` false where the target says nothing: the divergence is 0 there, and so is its gradient, as long
+            as the model's row is finite (NaN stays NaN, so that it is noticed).
 
     Raises:
         RecipeError: the maps have different numbers of cells.

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from leibler.divergence.rows import Functional, Row
-from leibler.fused.blocks import Mixed, Side, block_rows, chunk_tokens, keep_heap, product_dtype
+from leibler.divergence.rows import Functional, Row, block_rows
+from leibler.fused.blocks import Mixed, Side, chunk_tokens, keep_heap, product_dtype
 from leibler.fused.coarse import CoarseRow, OnCoarse, OtherVocabulary, PushedSide
 from leibler.fused.gpu.kernels import Kernels, kernel_chunk, program_for
 from leibler.fused.operands import Linear, TargetRows, Want
@@ -85,6 +85,8 @@ class Sweep:
         program = program_for(model, plan.wants, plan.targets, plan.token is not None)
         if program is not None:  # whole chunks at once, and no buffer for blocks of rows
             self.chunk, self.rows = min(kernel_chunk(model, len(everyone)), max(1, model.tokens)), 1
+        if sides is not None and len(sides) != len(sizes):
+            sides = None  # a hook on saved tensors has made copies: heads that were one are several now
         self.sides = sides or [
             Side(head, entries, self.chunk, self.rows, product_dtype(head.weight), self.block)
             for head, entries in sizes.values()
