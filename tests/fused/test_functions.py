@@ -240,6 +240,17 @@ def test_a_shared_leaf_is_multiplied_once() -> None:
     assert products.count == 23 * 13 * (6 + 12)
 
 
+def test_hooks_that_copy_a_shared_leaf_change_nothing() -> None:
+    model, target, _ = heads()
+    leaf = target.leaves[0]
+    two = [target, TargetRows((leaf,))]
+    wants = [Want(Reverse, 0), Want(Forward, 1)]
+    expected = grads(functionals(model, wants, two).sum(), model)
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda kept: kept):
+        loss = functionals(model, wants, two).sum()
+    assert_close(grads(loss, model), expected, 1e-12)
+
+
 def test_heads_that_differ_in_one_part_alone_are_not_shared() -> None:
     model, target, _ = heads()
     leaf = target.leaves[0]
@@ -323,6 +334,17 @@ def test_autocast_multiplies_in_half_precision_and_stays_close() -> None:
     got = grads(values.sum(), model)
     assert all(g.dtype == torch.float32 for g in got)
     assert_close(got, grads(expected.sum(), model), 0.1)
+
+
+def test_the_backward_pass_forms_the_logits_that_the_forward_pass_saw() -> None:
+    model, target, token = heads(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = functionals(model, FOUR, [target], token=token).sum()
+    kept = torch.autograd.grad(loss, parameters(model), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        again = torch.autograd.grad(loss, parameters(model), retain_graph=True)  # nothing was left to use again
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, grads(loss, model), strict=True))
 
 
 def test_row_blocks_do_not_run_under_autocast() -> None:

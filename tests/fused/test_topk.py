@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from leibler.divergence import ReverseKL
 from leibler.errors import ModelError
 from leibler.fused import Linear, TopK, Want, functionals, top_k
 from leibler.fused import sweep as sweep_module
+from leibler.fused.gpu.generate import Layout, program
+from leibler.fused.topk import _Largest
 
 
 @pytest.mark.parametrize("k", [1, 4, 13])
@@ -70,3 +74,13 @@ def test_no_rows_and_k_out_of_range() -> None:
     for k in (0, 14):
         with pytest.raises(ModelError, match="between 1 and 13"):
             top_k(model, k)
+
+
+def test_no_cache_of_kernels_keeps_the_rows_alive() -> None:
+    found = _Largest(1)
+    found.logp.append(torch.zeros(3))
+    row = weakref.ref(found.logp[0])
+    assert program(Layout(((found, None),), (False,), token=False)) is None
+    del found
+    gc.collect()
+    assert row() is None

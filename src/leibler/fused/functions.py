@@ -165,13 +165,16 @@ class _Functionals(torch.autograd.Function):
         sweep = Sweep(plan)
         values = sweep.run()
         ctx.left = sweep.leave()
+        device = values.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         left, ctx.left = ctx.left, None  # for one backward pass: it overwrites them
-        sweep = Sweep(ctx.unpack(ctx.saved_tensors), ctx.needs_input_grad[1:], left)
+        with torch.autocast(*ctx.autocast):  # which the backward pass runs outside of
+            sweep = Sweep(ctx.unpack(ctx.saved_tensors), ctx.needs_input_grad[1:], left)
         sweep.run(lambda _values, start, stop: cotangent[:, start:stop], from_end=True)
         return None, *sweep.gradients()
 
