@@ -13,7 +13,7 @@ from leibler.errors import ModelError, RecipeError
 from leibler.estimate import K2
 from leibler.fused import Linear, TargetRows, Want, functionals
 from leibler.objective import Lift, LogLinear, Match, Teacher
-from leibler.policy import CausalLM, character_tokenizer, right_pad
+from leibler.policy import CausalLM, Lora, character_tokenizer, right_pad
 from leibler.policy.extension import Lifting, extend
 from leibler.policy.vocabulary import TextAlignment
 from leibler.train import Data, OnPolicy, Recipe
@@ -65,6 +65,12 @@ def test_a_tied_head_stays_tied_and_nothing_new_is_refused(tmp_path) -> None:
         extend(made, ["the", "a"])
     with pytest.raises(ModelError, match="empty word"):
         extend(model, ["the", ""])
+
+
+def test_a_model_with_an_adapter_is_refused() -> None:
+    model = tiny(1, tokenizer=character_tokenizer(ALPHABET)).adapted(Lora(targets=("lm_head",)))
+    with pytest.raises(ModelError, match="with an adapter cannot be extended; save it and load the merged"):
+        extend(model, ["the"])
 
 
 # ---- the lifted law ------------------------------------------------------------------------------------------------

@@ -130,6 +130,18 @@ def test_mixture_mixes_probabilities(model: CausalLM, tokenizer, prompts: list[l
     assert samples.completions() != alone.completions()
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_models_of_a_mixture_may_differ_in_precision(
+    half: int, model: CausalLM, tokenizer, prompts: list[list[int]]
+) -> None:
+    models = [model, tiny_llama(tokenizer, hidden=16, layers=1, heads=2, seed=5)]
+    models[half] = models[half].to(torch.bfloat16)
+    numbers = uniforms(2, "test", 0, rows=4, n=4)
+    samples = sample([(models[0], 0.25), (models[1], 0.75)], prompts, uniforms=numbers)
+    assert samples.logp.isfinite().all()
+    assert samples.mask.any(1).all()
+
+
 def test_nucleus_is_part_of_the_behaviour_law(model: CausalLM, prompts: list[list[int]]) -> None:
     numbers = uniforms(3, "test", 0, rows=4, n=8)
 

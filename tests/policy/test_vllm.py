@@ -18,7 +18,7 @@ from leibler.divergence import ReverseKL
 from leibler.errors import LeiblerError, RunError
 from leibler.estimate import K1, K2
 from leibler.objective import Clip, GroupNormalised, Match, Objective, PolicyGradient, Ratio, Reference, Reward
-from leibler.policy import CausalLM, character_tokenizer, logprobs, right_pad, sample, tiny_llama, uniforms
+from leibler.policy import CausalLM, Lora, character_tokenizer, logprobs, right_pad, sample, tiny_llama, uniforms
 from leibler.policy.vllm import InProcess, Server, VllmRollouts, open_rollouts
 from leibler.recipes import get
 from leibler.train import Data, OnPolicy, Recipe, Score, fit
@@ -188,6 +188,23 @@ def test_weights_follow_the_student_and_old_files_go(fake, student, tmp_path: Pa
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, dict(fake.model.named_parameters())[name])
     assert [p.name for p in (tmp_path / "weights").iterdir()] == ["version-1"]
+
+
+@pytest.mark.parametrize(("tie", "target"), [(True, "lm_head"), (False, "lm_head"), (True, "q_proj")])
+def test_an_adapter_on_a_tied_head_is_refused_before_anything_is_written(
+    fake, tmp_path: Path, tie: bool, target: str
+) -> None:
+    made = tiny_llama(character_tokenizer("0123456789+="), hidden=16, layers=1, heads=2, tie=tie)
+    made = made.adapted(Lora(rank=2, targets=(target,)))
+    rollouts = rollouts_of(fake, tmp_path)
+    if not (tie and target == "lm_head"):
+        rollouts.follow(made, 0)
+        assert [path for path, _ in fake.asked] == ["/collective_rpc", "/reset_prefix_cache"]
+        return
+    with pytest.raises(RunError, match="vLLM keeps the tied head of the checkpoint it started from; leave the head"):
+        rollouts.follow(made, 0)
+    assert not fake.asked
+    assert not rollouts.directory.exists()
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -47,11 +47,18 @@ def low_rank(head: nn.Module, hidden: Float[Tensor, "*batch hidden"]) -> tuple[L
     return tuple(pairs)
 
 
+def adapts_tied_head(causal: nn.Module) -> bool:
+    """Whether the head carries a low-rank adapter and shares its weight with the embedding."""
+    model = cast(Any, causal)
+    head = model.get_output_embeddings()
+    return has_low_rank(head) and head.weight is model.get_input_embeddings().weight
+
+
 def untie(causal: nn.Module) -> None:
     """Give an adapted head that shares its weight with the embedding a weight of its own, to be merged into."""
     model = cast(Any, causal)
-    head = model.get_output_embeddings()
-    if has_low_rank(head) and head.weight is model.get_input_embeddings().weight:
+    if adapts_tied_head(causal):
+        head = model.get_output_embeddings()
         head.base_layer.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False

@@ -41,7 +41,7 @@ def extend(
         seed: of the random rows.
 
     Raises:
-        ModelError: no word is new, or one is empty.
+        ModelError: no word is new, or one is empty; the model carries an adapter.
 
     Examples:
         >>> from leibler.policy import tiny_llama, train_bpe
@@ -50,6 +50,8 @@ def extend(
         >>> longer.tokenizer.encode("a return"), longer.vocab_size - model.vocab_size
         ([67, 260], 2)
     """
+    if model.has_adapter:
+        raise ModelError("A model with an adapter cannot be extended; save it and load the merged checkpoint first.")
     if any(not word for word in words):
         raise ModelError("A new token must spell something; leave the empty word out.")
     encode = model.tokenizer.encode

@@ -118,7 +118,7 @@ class _Law:
         self.models, self.weights = models, weights
         self.temperature, self.top_p = temperature, top_p
         self.heads: list[tuple[Tensor, Tensor | None]] = []
-        self.buffers: list[Tensor] = []
+        self.buffers: dict[int, Tensor] = {}
         for model in models:
             weight, bias = model.head()
             # Rows beyond the tokenizer are padding of the matrix, never tokens.
@@ -176,8 +176,8 @@ class _Law:
             for pair in adapters:
                 logits += (pair.hidden @ pair.weight[: weight.shape[0]].t()).float()
             return logits.mul_(scale)
-        if len(self.buffers) == number:
-            self.buffers.append(state.new_empty((state.shape[0], weight.shape[0])))
+        if number not in self.buffers:
+            self.buffers[number] = state.new_empty((state.shape[0], weight.shape[0]))
         out = torch.mm(state * scale, weight.t(), out=self.buffers[number][: state.shape[0]])
         for pair in adapters:
             out.addmm_(pair.hidden.to(out.dtype), pair.weight[: weight.shape[0]].to(out.dtype).t(), alpha=scale)

@@ -34,6 +34,7 @@ from typing import Any, Protocol
 import torch
 
 from leibler.errors import RunError
+from leibler.policy.adapters import adapts_tied_head
 from leibler.policy.model import CausalLM
 from leibler.policy.sampler import Samples
 
@@ -88,9 +89,18 @@ class VllmRollouts:
     version: int | None = field(default=None, init=False)
 
     def follow(self, model: CausalLM, version: int) -> None:
-        """Give the engine the weights of ``model``, unless it has this version of them."""
+        """Give the engine the weights of ``model``, unless it has this version of them.
+
+        Raises:
+            RunError: they cannot be given: an adapter on a tied head, which merged is a head of its own.
+        """
         if version == self.version:
             return
+        if adapts_tied_head(model.causal):
+            raise RunError(
+                "vLLM keeps the tied head of the checkpoint it started from; leave the head out of the adapter's "
+                "targets, or sample here."
+            )
         new = self.directory / f"version-{version}"
         model.save(new)
         self.engine.load(new.resolve())
