@@ -82,7 +82,7 @@ def small(seed: int) -> CausalLM:
 
 
 def rows(slug: str) -> list[dict[str, Any]]:
-    """Prompts with right answers, wrong ones for methods that learn from given pairs, and the columns of some methods."""
+    """Prompts with right answers, wrong ones where pairs are given, and the columns that some methods read."""
     records = TASK.sample(200, seed=0)
     recipe = recipes.get(slug)
     pairs = (
