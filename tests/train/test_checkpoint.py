@@ -48,6 +48,26 @@ def test_everything_comes_back(tmp_path):
     assert their.param_groups[1]["scale"] == 0.5
 
 
+def test_the_settings_of_the_run_that_goes_on_hold(tmp_path):
+    """The slots are those of the checkpoint; rates and betas are not taken from there."""
+    module, optimizer = trained(0)
+    path = checkpoint.save(tmp_path, 7, {"policy": module}, optimizer, {})
+    other, their = trained(1)
+    for group in their.param_groups:
+        group.update(betas=(0.5, 0.6), weight_decay=0.25, scale=2.0)
+    checkpoint.load(path, {"policy": other}, their)
+    assert [(g["betas"], g["weight_decay"], g["scale"]) for g in their.param_groups] == [((0.5, 0.6), 0.25, 2.0)] * 2
+    assert torch.equal(their.state[other.weight]["exp_avg"], optimizer.state[module.weight]["exp_avg"])
+
+
+def test_only_the_process_that_writes_keeps_whole_tensors():
+    _, optimizer = trained(0)
+    assert checkpoint._flatten(optimizer, keep=False) == {}
+    assert checkpoint._flatten(optimizer).keys() == {
+        f"{i}.{k}" for i in (0, 1) for k in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
     model = tiny(0)
     optimizer = torch.optim.AdamW(model.parameters())

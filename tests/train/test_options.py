@@ -47,9 +47,20 @@ def test_learning_rate_without_warmup():
         ({"save_every": -1}, "save_every=-1 must be at least 0"),
         ({"validate_every": -1}, "validate_every=-1 must be at least 0"),
         ({"warmup": -1}, "warmup=-1 must be at least 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be greater than 0; inf switches clipping off"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan must be greater than 0"),
+        ({"beta1": 1.0}, "beta1=1.0 must be at least 0 and below 1"),
+        ({"beta2": -0.1}, "beta2=-0.1 must be at least 0 and below 1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0"),
+        ({"adapter_rank": 0}, "adapter_rank=0 must be at least 1; leave it out"),
+        ({"on_divergence": "rollback"}, "save_every=0 writes none; set save_every"),
         ({"decay": "step"}, "decay='step' must be one of none, linear, cosine"),
     ],
 )
 def test_mistakes(changes, message):
     with pytest.raises(RunError, match=message):
         Options(**changes)
+
+
+def test_clipping_can_be_switched_off():
+    assert Options(max_grad_norm=math.inf, beta1=0.0, adapter_rank=None).max_grad_norm == math.inf

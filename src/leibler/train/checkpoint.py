@@ -52,7 +52,7 @@ def save(
     """
     path = named(folder, step)
     weights = {name: sharding.weights(module, keep=main) for name, module in modules.items()}
-    tensors, groups = _flatten(optimizer)
+    tensors = _flatten(optimizer, keep=main)
     if not main:
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def save(
             save_file(whole, str(aside / f"{name}.safetensors"))
         save_file(tensors, str(aside / "optimizer.safetensors"))
         held: dict[str, torch.Tensor] = {}
-        plain = _without_tensors({**state, "step": step, "optimizer_groups": groups}, held, "")
+        plain = _without_tensors({**state, "step": step}, held, "")
         save_file(held, str(aside / "state.safetensors"))
         (aside / "state.json").write_text(json.dumps(plain, sort_keys=True))
         hashes = {p.name: _hash(p) for p in sorted(aside.iterdir())}
@@ -102,7 +102,10 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's weights and optimizer state in place; returns the rest of the state."""
+    """Put a checkpoint's weights and optimizer state in place; returns the rest of the state.
+
+    The optimizer's settings stay: a run that goes on with others goes on with those.
+    """
     plain = json.loads((path / "state.json").read_text())
     state = _with_tensors(plain, load_file(str(path / "state.safetensors")))
     for name, module in modules.items():
@@ -115,7 +118,7 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Op
                 f"the checkpoint {path} does not fit {name!r} (it lacks {missing[0]} in its shape); resume with the "
                 "models it was made by."
             )
-    _unflatten(optimizer, load_file(str(path / "optimizer.safetensors")), state["optimizer_groups"])
+    _unflatten(optimizer, load_file(str(path / "optimizer.safetensors")))
     return state
 
 
@@ -144,16 +147,18 @@ def _with_tensors(value: Any, held: Mapping[str, torch.Tensor]) -> Any:
     return value
 
 
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    whole = optimizer.state_dict()
-    tensors = {
-        f"{i}.{k}": sharding.full(v).cpu().contiguous() for i, slots in whole["state"].items() for k, v in slots.items()
-    }
-    groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in g.items()} for g in whole["param_groups"]]
-    return tensors, groups
+def _flatten(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, torch.Tensor]:
+    """What the optimizer holds of each parameter, whole; every process must call, and one may not ``keep`` it."""
+    tensors = {}
+    for index, slots in optimizer.state_dict()["state"].items():
+        for key, value in slots.items():
+            whole = sharding.full(value)
+            if keep:
+                tensors[f"{index}.{key}"] = whole.cpu().contiguous()
+    return tensors
 
 
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[Any]) -> None:
+def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
     slots: dict[int, dict[str, torch.Tensor]] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, tensor in tensors.items():
@@ -164,8 +169,7 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Ten
             sharding.put(tensor, slot)
             tensor = slot
         slots.setdefault(int(index), {})[key] = tensor
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _found(folder: Path) -> list[Path]:

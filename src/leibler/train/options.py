@@ -18,7 +18,7 @@ class Options:
         micro_batch_size: sequences in a forward pass; None: as many as 16,384 tokens allow. Changes no number but
             rounding.
         learning_rate, warmup, decay, weight_decay, beta1, beta2, max_grad_norm: of AdamW; ``warmup`` in steps,
-            ``decay`` to zero over the run by a line or a cosine, or not at all.
+            ``decay`` to zero over the run by a line or a cosine, or not at all; ``max_grad_norm=inf`` clips nothing.
         max_new_tokens, temperature: of sampled responses; every log-prob is taken at this temperature.
         rollouts: who samples the policy's responses: ``here``, ``vllm`` (an engine in this process) or
             ``vllm:http://HOST:PORT`` (a server); see `leibler.policy.vllm`.
@@ -84,10 +84,21 @@ class Options:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise RunError(f"{name}={getattr(self, name)} must be greater than 0.")
+        if not self.max_grad_norm > 0:
+            raise RunError(f"max_grad_norm={self.max_grad_norm} must be greater than 0; inf switches clipping off.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RunError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+        if not self.weight_decay >= 0:
+            raise RunError(f"weight_decay={self.weight_decay} must be at least 0.")
+        if self.adapter_rank is not None and self.adapter_rank < 1:
+            raise RunError(f"adapter_rank={self.adapter_rank} must be at least 1; leave it out to train the weights.")
         if self.max_divergence is not None and not self.max_divergence > 0:
             raise RunError(f"max_divergence={self.max_divergence} must be greater than 0.")
         if self.on_divergence not in ("stop", "rollback"):
             raise RunError(f"on_divergence={self.on_divergence!r} must be one of stop, rollback.")
+        if self.on_divergence == "rollback" and not self.save_every:
+            raise RunError("on_divergence=rollback needs checkpoints, and save_every=0 writes none; set save_every.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise RunError(f"micro_batch_size={self.micro_batch_size} must be at least 1.")
 
