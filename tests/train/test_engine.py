@@ -236,4 +236,4 @@ def test_controllers_are_measured_over_the_whole_draw():
     old, reference = view.get(LogProb(Old())), view.get(LogProb(Reference()))
     assert own["divergence_per_sequence"] == pytest.approx(float((old - reference).sum()) / len(view.rows))
     assert own["sequences"] == len(view.rows)
-    assert measured.metrics == {"divergence/InReward": own["divergence_per_sequence"]}
+    assert measured.metrics == {"divergence_per_sequence/InReward": own["divergence_per_sequence"]}

@@ -13,8 +13,8 @@ import torch
 
 from leibler.divergence import ReverseKL
 from leibler.errors import RunError
-from leibler.objective import Imitate, Match, Objective, Reference, Rows
-from leibler.train import Context, Data, Options, Recipe, Score
+from leibler.objective import Imitate, Match, Objective, PolicyGradient, Reference, Reward, Rows
+from leibler.train import Context, Data, Mixture, OnPolicy, Options, Recipe, Score
 from leibler.train.guards import Drift, FailedRewards, Guards, NonFinite, Tripwire, read_batch
 from leibler.train.sources import Staged
 from train.conformance import reward
@@ -253,6 +253,16 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_reason(tmp_path):
     assert len(lines(tmp_path / "other", "set_aside/responses.jsonl")) == 8
 
 
+def test_text_beside_the_rewards_does_not_hide_that_all_fail(tmp_path):
+    def broken(records: Any, texts: Any) -> list[float]:
+        raise KeyError("answer")
+
+    source = Mixture(main=OnPolicy(2) >> Score(broken), text=Data())
+    made = Recipe(source, Objective(PolicyGradient(Reward(), on="main"), Imitate(on="text")))
+    with pytest.raises(RunError, match="the reward failed for every response of 2 draws in a row"):
+        run(made, tmp_path / "run", guard_draws=2)
+
+
 def test_draws_without_a_reward_are_counted_in_a_row():
     guard = FailedRewards(most=3)
     state = guard.init()
@@ -336,12 +346,16 @@ def stopping(times: int) -> StopAfter:
 
 def test_it_cannot_always_go_back(tmp_path):
     wire = {"max_divergence": 1e-9, "on_divergence": "rollback"}
-    with pytest.raises(RunError, match="no checkpoint to go back to; set save_every"):
-        lean(tmp_path / "a", **wire)
+    with pytest.raises(RunError, match="no checkpoint to go back to yet; lower save_every"):
+        lean(tmp_path / "a", **wire, save_every=9)
     with pytest.raises(RunError, match="after going back 5 times; lower learning_rate"):
         lean(tmp_path / "b", **wire, save_every=1)
-    with pytest.raises(RunError, match="its coefficient stands inside another part; raise it in the recipe"):
-        run(recipe("ppo", minibatches=1, epochs=1), tmp_path / "c", **wire, save_every=1)
+
+
+def test_the_bound_is_one_per_token(tmp_path):
+    """What a controller in the reward hears of is a sum over a sequence: no business of the wire's."""
+    run(recipe("ppo", minibatches=1, epochs=1), tmp_path / "run", max_divergence=1e-9, steps=2, learning_rate=0.05)
+    assert lines(tmp_path / "run")[-1]["divergence_per_sequence/InReward"] > 1e-9
 
 
 def test_options_are_checked():
@@ -375,6 +389,16 @@ def test_drift_is_told_once_and_not_for_noise(factor):
 def test_who_imitates_is_not_warned():
     assert Guards.of(Options(), recipe("kd")).drifts == ()
     assert [d.metric for d in Guards.of(Options(), recipe("grpo")).drifts] == ["entropy", "length"]
+
+
+def test_each_stream_that_is_sampled_is_watched(tmp_path):
+    """The metrics that are watched are metrics that are written."""
+    source = Mixture(main=OnPolicy(2) >> Score(reward), text=Data())
+    made = Recipe(source, Objective(PolicyGradient(Reward(), on="main"), Imitate(on="text")))
+    watched = [d.metric for d in Guards.of(Options(), made).drifts]
+    assert watched == ["entropy", "length/main"]
+    run(made, tmp_path / "run", steps=1)
+    assert set(watched) <= lines(tmp_path / "run")[0].keys()
 
 
 def test_entropy_that_collapses_is_told(tmp_path, capsys):

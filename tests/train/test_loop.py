@@ -25,7 +25,7 @@ from leibler.objective import (
     Preference,
     Reference,
 )
-from leibler.policy import CausalLM
+from leibler.policy import CausalLM, Lora
 from leibler.policy import ValueHead as ValueModule
 from leibler.train import (
     EMA,
@@ -334,7 +334,7 @@ def test_the_controller_of_ppo_hears_of_each_draw_once(tmp_path):
         recipe("ppo", minibatches=2, epochs=2, target=0.05, horizon=100.0, initial=0.1), tmp_path / "run", steps=12,
         student=student(dropout=0.0), save_every=4, keep=9, learning_rate=0.03,
     )  # fmt: skip
-    measured = [m["divergence/InReward"] for m in lines(tmp_path / "run")]
+    measured = [m["divergence_per_sequence/InReward"] for m in lines(tmp_path / "run")]
     assert measured[:4] == [measured[0]] * 4
     assert measured[4] != measured[0]
     coefficient = 0.1
@@ -398,11 +398,54 @@ def test_a_source_that_listens_to_the_validation_gets_one(tmp_path):
         run(recipe("distillm"), tmp_path / "c", steps=4, validation=[{"prompt": "1+1="}])
 
 
+def test_the_model_is_written_before_the_last_validation(tmp_path, monkeypatch):
+    from leibler.train import loop
+
+    def fails(*_: Any, **__: Any) -> dict[str, float]:
+        raise MemoryError("no room for the validation")
+
+    monkeypatch.setattr(loop, "validate", fails)
+    with pytest.raises(MemoryError):
+        run(recipe("sft"), tmp_path / "run", steps=1, validation=RECORDS[:3])
+    assert CausalLM.load(tmp_path / "run" / "final").vocab_size == student().vocab_size
+
+
+def test_a_validation_prompt_that_leaves_no_room_for_an_answer_is_set_aside(tmp_path, capsys):
+    """The prompt alone fits the context of 64 tokens; with the answer that validation samples it does not."""
+    long = {"prompt": "1+" * 30 + "1=", "completion": "1", "answer": "1"}
+    run(recipe("sft"), tmp_path / "run", steps=1, validation=[*RECORDS[:3], long], max_new_tokens=8, quiet=False)
+    assert "validation: " in capsys.readouterr().err
+    (aside,) = lines(tmp_path / "run", "set_aside/validation.jsonl")
+    assert "longer than the model's context" in aside["reason"]
+
+
+def test_validation_without_a_completion_beside_an_aligned_teacher():
+    from leibler.data import load
+    from leibler.policy.vocabulary import TextAlignment
+    from leibler.train.validation import validate
+
+    model = student(dropout=0.0)
+    models = {"policy": model, "teacher": model}
+    alignments = {"teacher": TextAlignment(model, model)}
+    data = load([{"prompt": "1+1="}], needs=("prompt",))
+    assert validate(models, data, temperature=1.0, max_new_tokens=2, alignments=alignments) == {}
+
+
 def test_a_student_may_be_its_own_teacher(tmp_path):
     model = student(dropout=0.0)
     done = fit(recipe("kd"), student=model, teacher=model, data=RECORDS, out=tmp_path / "run", steps=1, batch_size=4,
                learning_rate=0.1, quiet=True)  # fmt: skip
     assert done.metrics["loss"] < 1e-6
+
+
+@pytest.mark.parametrize("slug", ["sft", "ppo"])
+def test_dropout_of_an_adapter_on_the_head_is_derived_too(slug, tmp_path):
+    """In one pass, and in a survey with its replay."""
+    for name in ("a", "b"):
+        model = tiny(1, dtype=torch.float32).adapted(Lora(rank=2, targets=("lm_head",), dropout=0.5))
+        torch.manual_seed(ord(name))
+        run(recipe(slug), tmp_path / name, student=model, steps=3, learning_rate=0.1)
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
 
 
 def test_an_adapter_alone_is_trained(tmp_path):

@@ -59,6 +59,20 @@ for name, where, error in (("ours", 1, DataError("no such file.")), ("theirs", 0
     except Exception as found:
         seen[name] = [type(found).__name__, str(found), getattr(found, "elsewhere", None)]
 
+def within(error, nested):
+    def make():
+        if p.rank == 0:
+            raise error
+        return p.gather("from within")
+    return p.together(make) if nested else make()
+
+# The first fails within an exchange of the others: they hear of it once, and the next exchange is one of its own.
+for name, nested, error in (("within", False, DataError("row 3.")), ("nested", True, TypeError("not a number"))):
+    try:
+        p.together(lambda: within(error, nested))
+    except Exception as found:
+        seen[name] = [type(found).__name__, str(found), getattr(found, "elsewhere", None), p.gather(p.rank)]
+
 go(out, "grpo", steps=2)                  # three groups: two and one
 go(out / "small", "kdrl", steps=1, batch_size=2, validation=RECORDS[7:8])   # one and none
 Path(sys.argv[2] + str(p.rank)).write_text(json.dumps(seen))
@@ -86,6 +100,12 @@ def test_two_processes_meet(tmp_path):
     assert first["theirs"][0] == "TypeError"
     assert second["theirs"] == [
         "RunError", "process 0 failed (TypeError: not a number); its traceback says where.", True,
+    ]  # fmt: skip
+    assert first["within"] == ["DataError", "row 3.", False, [0, 1]]
+    assert second["within"] == ["DataError", "row 3.", True, [0, 1]]
+    assert first["nested"] == ["TypeError", "not a number", False, [0, 1]]
+    assert second["nested"] == [
+        "RunError", "process 0 failed (TypeError: not a number); its traceback says where.", True, [0, 1],
     ]  # fmt: skip
     for slug in ("grpo", "small/kdrl"):
         compared, found = differences(tmp_path / "one" / slug, tmp_path / "two" / slug)

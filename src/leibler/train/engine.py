@@ -146,7 +146,7 @@ class Engine:
                     total, count = self.reduce(pair.to(self.device)).tolist()
                     if count:
                         step.own[owner] = {"divergence_per_sequence": total / count, "sequences": count}
-                        step.metrics[f"divergence/{type(owner).__name__}"] = total / count
+                        step.metrics[f"divergence_per_sequence/{type(owner).__name__}"] = total / count
         return step
 
     def _constants(self, name: str, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
@@ -207,8 +207,9 @@ class Engine:
             micro = view.select(index)
             with self._dropout(view.step, plan.stream, number):
                 hidden = self._event_hidden(self.policy, micro.rows)
+                # Within: an adapter on the head drops units too.
+                model, targets = self._operands(plan, micro.rows, hidden)
             loss = self._side_loss(plan, micro, hidden, scales, log)
-            model, targets = self._operands(plan, micro.rows, hidden)
             log.aligned(plan, targets)
             wants = self._wants(plan)
             options = {"token": micro.rows.label, "vocab": self.models["policy"].vocab_size}
@@ -257,7 +258,7 @@ class Engine:
                 part = view.rows.select(index)
                 with self._dropout(view.step, plan.stream, number):
                     hidden = self._event_hidden(self.policy, part)
-                model, targets = self._operands(plan, part, hidden)
+                    model, targets = self._operands(plan, part, hidden)
                 total[:, _events_of(view.rows, index)] = functionals(
                     model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
                 ).to(self.dtype)

@@ -13,7 +13,7 @@ from leibler.train.guards import Guards, State, diagnosis, write_batch
 
 if TYPE_CHECKING:
     from leibler.data import Record
-    from leibler.objective.rows import View
+    from leibler.objective.rows import Rows, View
     from leibler.train.journal import Journal
     from leibler.train.tally import Step
 
@@ -54,21 +54,23 @@ class Guarding:
         """A stage sets a response aside."""
         self.failures.append({"source": record.source, "reason": reason, "prompt": record.prompt, "response": text})
 
-    def after_draw(self, draw: int, rows: int) -> bool:
-        """Write down what the stages of a draw set aside, in all processes; ``rows`` are left in this one.
+    def after_draw(self, draw: int, drawn: Mapping[str, Rows]) -> bool:
+        """Write down what the stages of a draw set aside, in all processes; ``drawn`` is left in this one.
 
         Returns True if a row to learn from is left in some process.
 
         Raises:
             RunError: the reward has failed for every response, or no row was left, for too long.
         """
-        shares = self.gather((rows, self.failures))
+        # Rows of a stream without rewards say nothing about the reward.
+        scored = [rows for rows in drawn.values() if "reward" in rows.columns] or drawn.values()
+        shares = self.gather((sum(map(len, drawn.values())), sum(map(len, scored)), self.failures))
         self.failures = []
-        failures = [f for _, share in shares for f in share]
+        failures = [f for *_, share in shares for f in share]
         guard, before = self.guards.rewards, self.state["rewards"]
         last = failures[-1]["reason"] if failures else before["last"]
-        left = sum(rows for rows, _ in shares)
-        state = guard.observe(before, len(failures), left, last)
+        left, rewarded = (sum(share[i] for share in shares) for i in (0, 1))
+        state = guard.observe(before, len(failures), rewarded, last)
         empty = 0 if left else self.state["empty"] + 1
         self.state = {**self.state, "rewards": state, "empty": empty}
         for failure in failures:
@@ -137,13 +139,12 @@ class Guarding:
                 f"{self.out / FOLDER}."
             )
 
-    def tripped(self, step: int, metrics: Mapping[str, float], terms: frozenset[str], saved: bool) -> bool:
+    def tripped(self, step: int, metrics: Mapping[str, float], saved: bool) -> bool:
         """True if the run must go back to its last checkpoint, with the coefficients in ``raised``.
 
         Args:
             step: optimiser steps done.
             metrics: of the step.
-            terms: those whose coefficient can be raised.
             saved: whether there is a checkpoint to go back to.
 
         Raises:
@@ -157,13 +158,11 @@ class Guarding:
         told = f"at step {step} the divergence {seen} nats, beyond max_divergence={wire.bound:g}"
         if wire.action == "stop":
             raise RunError(f"{told}; lower learning_rate or raise the coefficient, or set on_divergence=rollback.")
-        if not set(found) & terms:
-            raise RunError(f"{told}, and its coefficient stands inside another part; raise it in the recipe.")
         if not saved:
-            raise RunError(f"{told}, and there is no checkpoint to go back to; set save_every.")
+            raise RunError(f"{told}, and there is no checkpoint to go back to yet; lower save_every.")
         if state["times"] >= wire.most:
             raise RunError(f"{told}, after going back {state['times']} times; lower learning_rate.")
-        state = wire.observe(state, sorted(set(found) & terms))
+        state = wire.observe(state, sorted(found))
         self.state = {**self.state, "tripwire": state}
         raised = ", ".join(f"{term} x {factor:g}" for term, factor in state["raised"].items())
         self._warn(step, "tripwire", f"{told}; going back to the last checkpoint with the coefficient of {raised}")

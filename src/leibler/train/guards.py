@@ -148,16 +148,18 @@ class Guards:
     @staticmethod
     def of(options: Options, recipe: Recipe) -> Guards:
         # Whoever imitates data may well end with no entropy; only where the policy writes is it a loss of variety.
-        samples = any(origin.law is not None for origin in recipe.source.streams().values())
+        streams = recipe.source.streams()
+        sampled = [name for name, origin in streams.items() if origin.law is not None]
+        lengths = [f"length/{name}" for name in sampled] if len(streams) > 1 else ["length"]
         watched = (
             Drift("entropy", 0.05, "the entropy has collapsed"),
-            Drift("length", 3.0, "the responses grow without bound"),
+            *(Drift(metric, 3.0, "the responses grow without bound") for metric in lengths),
         )
         return Guards(
             NonFinite(options.guard_steps),
             Tripwire(options.max_divergence, options.on_divergence),
             FailedRewards(options.guard_draws),
-            watched if samples else (),
+            watched if sampled else (),
         )
 
     def init(self) -> State:

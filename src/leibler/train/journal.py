@@ -34,12 +34,13 @@ class Journal:
         self.options, self.reduce, self.main = options, reduce, main
         names = ("metrics", "timings", "samples", "validation")
         self.metrics, self.timings, self.samples, self.validations = (Lines(out / f"{name}.jsonl") for name in names)
-        for file in (self.metrics, self.timings, self.samples, self.validations):
-            file.open()
         self.warnings, self.aside = Lines(out / "warnings.jsonl"), Lines(out / "set_aside" / "responses.jsonl")
         self.files = (self.metrics, self.timings, self.samples, self.validations, self.warnings, self.aside)
-        # A file whose name is not on the disk is lost with all its flushed lines.
-        durable.flush(out)
+        if main:
+            for file in (self.metrics, self.timings, self.samples, self.validations):
+                file.open()
+            # A file whose name is not on the disk is lost with all its flushed lines.
+            durable.flush(out)
 
     def step(
         self, step: int, measured: Mapping[str, float], batch: Mapping[str, View], seconds: float

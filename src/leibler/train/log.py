@@ -69,7 +69,7 @@ SHOWN = ("loss", "reward", "divergence", "entropy")
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The numbers that a person watches: the loss, the reward, one divergence, the entropy."""
     out = {k: metrics[k] for k in ("loss", "reward", "entropy") if k in metrics}
-    divergences = [k for k in metrics if k.startswith("divergence/")]
+    divergences = [k for k in metrics if k.startswith(("divergence/", "divergence_per_sequence/"))]
     if divergences:
         out["divergence"] = metrics[divergences[0]]
     return {k: out[k] for k in SHOWN if k in out}

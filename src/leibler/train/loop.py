@@ -112,13 +112,16 @@ def fit(
         if made and processes.main:
             setup.remove_empty(out)
         raise
-    if not resume and trainer.main:
+    if not resume:
         given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
         origin = origin or {"recipe": "custom"}
-        differs = run_file.write(
-            *(out, origin, given, options, trainer.recipe, trainer.identity),
-            device=processes.device,
-            processes=processes.world,
+        # It stands before any process goes on: a kill from here on leaves a run that can be resumed.
+        differs = processes.from_main(
+            lambda: run_file.write(
+                *(out, origin, given, options, trainer.recipe, trainer.identity),
+                device=processes.device,
+                processes=processes.world,
+            )
         )
         if differs:
             trainer._say(run_file.sentence(differs, origin["repeats"]))
@@ -204,10 +207,13 @@ class _Trainer:
         given = setup.load_models(recipe, teacher, models, options)
         specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
         self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
-        self.validation = self._validation(validation, policy)
-        for name, dataset in self.data.items():
-            if dataset.set_aside_count:
-                self._say(f"data.{name}: {dataset.set_aside_report()}")
+        self.options, self.data, self.validation = setup.load_validation(
+            validation, recipe, policy, options, self.data, out
+        )
+        read = {**{f"data.{name}": dataset for name, dataset in self.data.items()}, "validation": self.validation}
+        for name, dataset in read.items():
+            if dataset is not None and dataset.set_aside_count:
+                self._say(f"{name}: {dataset.set_aside_report()}")
 
         self.stored = stored.stored_models(recipe.models, given)
         live = {name: rule for name, rule in recipe.models.items() if name not in self.stored}
@@ -230,8 +236,7 @@ class _Trainer:
                     self._refresh_rounds()
                     started = time.monotonic()
                     drawn = self.processes.together(self._draw)
-                    rows = sum(map(len, drawn.values()))
-                    if not self._guarded(self.guarding.after_draw, self.draw - 1, rows):
+                    if not self._guarded(self.guarding.after_draw, self.draw - 1, drawn):
                         continue
                     if self._use(drawn, progress, started):
                         self._due()
@@ -241,18 +246,23 @@ class _Trainer:
                 self._save()
                 progress.say(f"interrupted after step {self.step}; go on with: leibler train --resume {self.out}")
                 raise KeyboardInterrupt
+            progress.close()
+            return self._end()
         finally:
             progress.close()
-        if self.validation is not None and self.validated_at != self.step:
-            self._validate()
+            self.journal.close()
+            if self.rollouts is not None:
+                self.rollouts.close()
+
+    def _end(self) -> Run:
+        """The model is written before the last validation: that one may fail and cost no more than its numbers."""
         policy = self.models["policy"] if self.blank is None else sharding.fill(self.blank, self.models["policy"])
         if self.main:
             with durable.folder(self.out / "final") as folder:
                 policy.save(folder)
         self.accelerator.wait_for_everyone()
-        if self.rollouts is not None:
-            self.rollouts.close()
-        self.journal.close()
+        if self.validation is not None and self.validated_at != self.step:
+            self._validate()
         if self.options.tensorboard:
             self.accelerator.end_training()
         return Run(self.out, policy.eval(), self.last, self.validated)
@@ -318,9 +328,8 @@ class _Trainer:
                 self.accelerator.log(self.last, step=self.step)
             progress.update(self.step, self.last, speed(self.last, seconds))
             self._guarded(self.guarding.after_step, self.step, self.last)
-            terms = frozenset(self.engine.names.values())
             saved = self._newest() is not None
-            if self._guarded(self.guarding.tripped, self.step, self.last, terms, saved, save=False):
+            if self._guarded(self.guarding.tripped, self.step, self.last, saved, save=False):
                 return False
             started = time.monotonic()
             if self.step >= self.options.steps:
@@ -393,22 +402,6 @@ class _Trainer:
             self._validate()
         if save:
             self._save()
-
-    def _validation(self, given: Any, policy: CausalLM) -> Dataset | None:
-        listens = self.recipe.source.needs_validation
-        if listens and not self.options.validate_every:
-            # A source that listens to the validation gets twenty looks at it.
-            self.options = replace(self.options, validate_every=max(self.options.steps // 20, 1))
-        if given is not None:
-            needs = ("prompt", "completion") if listens else ("prompt",)
-            aside = self.out / setup.ASIDE / "validation.jsonl" if self.main else None
-            return setup.usable(given, needs, policy, self.options, aside)
-        if not listens:
-            return None
-        # It was given none: a twentieth of the data.
-        name = next(iter(self.data))
-        self.data[name], held_out = self.data[name].split(0.05, self.options.seed)
-        return held_out
 
     def _validate(self) -> None:
         assert self.validation is not None

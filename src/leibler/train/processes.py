@@ -129,7 +129,9 @@ class Processes:
         try:
             result = make()
         except Exception as error:
-            self._exchange(None, error)
+            # What was met in an exchange within ``make`` the others know already, and exchange no more.
+            if getattr(error, "elsewhere", None) is None:
+                self._exchange(None, error)
             raise
         self._exchange(None, None)
         return result
@@ -151,8 +153,7 @@ class Processes:
                 found.elsewhere = True
                 raise found
             # The first process that met it says it.
-            if isinstance(error, LeiblerError):
-                error.elsewhere = first != self.rank
+            cast(Any, error).elsewhere = first != self.rank
         return every
 
     def agreed(self, error: LeiblerError) -> LeiblerError:

@@ -129,6 +129,28 @@ def load_data(
     return loaded
 
 
+def load_validation(
+    given: Any, recipe: Recipe, policy: CausalLM, options: Options, data: dict[str, Dataset], out: Path | None
+) -> tuple[Options, dict[str, Dataset], Dataset | None]:
+    """The held-out records, with the options and the data as they are beside them.
+
+    A source that listens to the validation gets one if it was given none, a twentieth of the data, and twenty looks.
+    """
+    listens = recipe.source.needs_validation
+    if listens and not options.validate_every:
+        options = replace(options, validate_every=max(options.steps // 20, 1))
+    if given is not None:
+        needs = ("prompt", "completion") if listens else ("prompt",)
+        aside = None if out is None else out / ASIDE / "validation.jsonl"
+        # Prompts are answered and completions are read: a record must leave room for both.
+        return options, data, usable(given, needs, policy, options, aside, "both")
+    if not listens:
+        return options, data, None
+    name = next(iter(data))
+    kept, held_out = data[name].split(0.05, options.seed)
+    return options, {**data, name: kept}, held_out
+
+
 def usable(
     spec: Any, needs: tuple[str, ...], policy: CausalLM, options: Options, aside: Path | None, kind: str = "labels"
 ) -> Dataset:

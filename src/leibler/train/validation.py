@@ -68,7 +68,7 @@ def validate(
             events += int(mask.sum())
             shared += here
         out.update({name: total / max(shared if "teacher" in name else events, 1) for name, total in sums.items()})
-        if alignments and "teacher" in alignments:
+        if events and alignments and "teacher" in alignments:
             out["aligned(teacher)"] = shared / events
         if data.check is not None:
             prompts = [policy.encode_prompt(r.prompt) for r in records]
