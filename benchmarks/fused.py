@@ -7,8 +7,9 @@
 The products alone (model and target heads forward, two products backward, into buffers made once) are timed at every
 chunk size, and the *fastest* is what every row is divided by. Forward and backward pass together, with the gradients of
 hidden states and head; each time is the least of the repeats, whose order is drawn anew, so that neither a busy moment
-nor a place in the order meets one side alone. "Limit" is the head's gradient plus one chunk of both logits; peak is the
-resident memory beyond what was held before. Rows of less work than the products say what they are to be compared with.
+nor a place in the order meets one side alone. "Limit" is the head's gradient in float32 (of a frozen head none, of an
+adapter its own) plus one chunk of both logits; peak is the resident memory beyond what was held before.
+Rows of less work than the products say what they are to be compared with.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from leibler.fused.blocks import CHUNKS, chunk_tokens
 
 SIZES = ((1024, 512, 1024, 32768), (256, 896, 3584, 151936))
 QUICK = ((512, 256, 512, 16384),)
+RANK = 16
 LONGER = "reverse_kl, 4 times the tokens (4.0)"
+FROZEN = "reverse_kl, head frozen"
+ADAPTED = f"{FROZEN}, adapter of rank {RANK}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,7 @@ def variations(problem: Problem) -> dict[str, Callable[[], None]]:
     model = problem.model
     frozen = replace(problem, model=replace(model, weight=model.weight.detach()))
     g = torch.Generator().manual_seed(1)
-    rank = 16
-    factors = (torch.randn(n, rank, generator=g), torch.randn(model.vocab, rank, generator=g) * 0.01)
+    factors = (torch.randn(n, RANK, generator=g), torch.randn(model.vocab, RANK, generator=g) * 0.01)
     adapted = replace(frozen.model, low_rank=(LowRank(*(f.to(model.hidden.dtype).requires_grad_() for f in factors)),))
     target = TargetRows((problem.target,))
 
@@ -129,8 +132,8 @@ def variations(problem: Problem) -> dict[str, Callable[[], None]]:
             problem, d, temperature=0.7, weight=torch.rand(n, generator=g) + 0.5
         ),
         "reverse_kl, 1/2 of the tokens masked (0.5)": fused(problem, d, weight=torch.arange(n) % 2 == 0),
-        "reverse_kl, head frozen": fused(frozen, d),
-        f"reverse_kl, head frozen, adapter of rank {rank}": adapter,
+        FROZEN: fused(frozen, d),
+        ADAPTED: adapter,
         LONGER: fused(longer, d),
     }
 
@@ -196,6 +199,16 @@ def peak_megabytes(run: Callable[[], None]) -> float | None:
         return None
 
 
+def memory_limit(problem: Problem, name: str = "") -> tuple[float, float, int]:
+    """MB of the head's gradient in a row of the table and of one chunk of both logits, and the tokens of a chunk."""
+    model = problem.model
+    vocab, hidden = model.vocab, model.hidden.shape[1]
+    chunk = min(model.tokens * (4 if name == LONGER else 1), chunk_tokens(vocab, hidden, 2))
+    width = {FROZEN: 0, ADAPTED: RANK}.get(name, hidden)
+    # Gradients are summed over chunks in float32, whatever the logits are in.
+    return 4 * width * vocab / 2**20, 2 * chunk * vocab * model.weight.dtype.itemsize / 2**20, chunk
+
+
 def table(problem: Problem, only: Sequence[str], repeats: int, clock: Callable[[], float]) -> None:
     """Every row at one size."""
     model, target = problem.model, problem.target
@@ -215,19 +228,14 @@ def table(problem: Problem, only: Sequence[str], repeats: int, clock: Callable[[
     best = least(alone | ours, repeats, clock)
     limit = min(best[name] for name in alone)
 
-    def memory(tokens: int) -> tuple[float, float, int]:
-        """MB of the head's gradient and of one chunk of both logits, and the tokens of a chunk."""
-        chunk = min(tokens, chunk_tokens(vocab, hidden, 2))
-        return hidden * vocab * dtype.itemsize / 2**20, 2 * chunk * vocab * dtype.itemsize / 2**20, chunk
-
     print(f"{'':46}{'seconds':>9}{'ratio':>7}{'peak MB':>9}{'/ limit':>9}")
     for name, seconds in best.items():
         line = f"{name:46}{seconds:9.3f}{seconds / limit:7.2f}"
         if name in ours and (peak := peak_megabytes(ours[name])) is not None:
-            gradient, chunks, _ = memory(tokens * (4 if name == LONGER else 1))
+            gradient, chunks, _ = memory_limit(problem, name)
             line += f"{peak:9.0f}{peak / (gradient + chunks):9.2f}"
         print(line, flush=True)
-    gradient, chunks, chunk = memory(tokens)
+    gradient, chunks, chunk = memory_limit(problem)
     whole = 2 * tokens * vocab * dtype.itemsize / 2**20
     print(
         f"limit of memory: {gradient:.0f} MB (gradient of the head) + {chunks:.0f} MB (logits of {chunk} tokens, both "

@@ -114,13 +114,13 @@ def usual(size: Size, steps: int, clock: Callable[[], float]) -> tuple[float, fl
     for step in range(steps):
         chosen = [prompts[(step * size.prompts + number) % 64] for number in range(size.prompts)]
         given = torch.tensor([prompt for prompt in chosen for _ in range(size.group)])
+        seen.mark()
         with torch.no_grad():
             whole = student.causal.generate(
                 input_ids=given, attention_mask=torch.ones_like(given), do_sample=True, top_k=0, top_p=1.0,
                 max_new_tokens=size.new, pad_token_id=student.pad_id,
             )  # fmt: skip
             theirs = teacher.causal(input_ids=whole).logits[:, given.shape[1] - 1 : -1].log_softmax(-1)
-        seen.mark()
         own = student.causal(input_ids=whole).logits[:, given.shape[1] - 1 : -1].log_softmax(-1)
         middle = torch.logaddexp(own, theirs) - math.log(2.0)
         kls = [F.kl_div(middle, part, reduction="none", log_target=True).sum(-1) for part in (own, theirs)]
@@ -128,6 +128,7 @@ def usual(size: Size, steps: int, clock: Callable[[], float]) -> tuple[float, fl
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        del whole, theirs, own, middle, kls  # or the next step would count them as held before it began
     return seen.least
 
 

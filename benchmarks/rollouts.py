@@ -7,8 +7,9 @@ timed in turn, and the fastest of the repeats counts. In the group case (8 promp
 given each prompt 8 times, as trainers do.
 
 ``limit`` is the rate if there were nothing but the matrix products with the weights that no sampler avoids: every
-different prompt token and every new token but the last once through the layers, every new token through the head. What
-lies above ``limit / generate`` no implementation of this model reaches.
+different prompt token and every new token but the last once through the layers, but in the last layer only keys and
+values of the prompt tokens before the last; every row through the head, each prompt's first once for all its
+completions. What lies above ``limit / generate`` no implementation of this model reaches.
 """
 
 from __future__ import annotations
@@ -20,23 +21,37 @@ import torch
 import _clock as shared
 from leibler.policy import CausalLM, character_tokenizer, sample, tiny_llama, uniforms
 
+Products = list[tuple[torch.Tensor, int]]
+"""Weights, each with the number of tokens that it is multiplied with."""
 
-def products(model: CausalLM, prompts: list[list[int]], rows: int, new: int) -> Callable[[], None]:
-    """The products with weights alone, on numbers of no meaning."""
-    layers = [m.weight for m in model.causal.base_model.modules() if isinstance(m, torch.nn.Linear)]
+
+def reading(model: CausalLM, tokens: int, answered: int) -> Products:
+    """Products of the layers for ``tokens``, of which only ``answered`` are carried beyond the last layer's keys."""
+    base = model.causal.base_model
+    last = f"layers.{len(base.layers) - 1}."
+    return [
+        (m.weight, answered if name.startswith(last) and not name.endswith(("k_proj", "v_proj")) else tokens)
+        for name, m in base.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+
+
+def sampling(model: CausalLM, prompts: list[list[int]], rows: int, new: int) -> Products:
+    """Products of a draw; the prompts are read once for all their completions."""
     head = model.head()[0]
-    read = sum(map(len, prompts))
+    first = [*reading(model, sum(map(len, prompts)), len(prompts)), (head, len(prompts))]
+    return first + [*reading(model, rows, rows), (head, rows)] * (new - 1)
+
+
+def alone(products: Products) -> Callable[[], None]:
+    """The products and nothing else, on numbers of no meaning."""
+    sizes = {(tokens, weight.shape[1]) for weight, tokens in products}
+    inputs = {size: torch.randn(size) for size in sorted(sizes)}
 
     def run() -> None:
         with torch.inference_mode():
-            for tokens, times in ((read, 1), (rows, new - 1)):
-                inputs = {width: torch.randn(tokens, width) for width in {w.shape[1] for w in layers}}
-                for _ in range(times):
-                    for weight in layers:
-                        torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-            states = torch.randn(rows, head.shape[1])
-            for _ in range(new):
-                torch.mm(states, head.t())
+            for weight, tokens in products:
+                torch.nn.functional.linear(inputs[tokens, weight.shape[1]], weight)
 
     return run
 
@@ -62,7 +77,7 @@ def compare(
     def leibler_side() -> object:
         return sample(model, prompts, uniforms=numbers, group_size=group)
 
-    sides = [transformers_side, leibler_side, products(model, prompts, rows, new)]
+    sides = [transformers_side, leibler_side, alone(sampling(model, prompts, rows, new))]
     return [rows * new / seconds for seconds in shared.fastest(sides, repeats, clock)]
 
 

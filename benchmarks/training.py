@@ -15,8 +15,8 @@ scores them (GRPO) or asks the teacher (distillation), and takes one optimiser s
 What differs beside the point is left as each side has it by default, except: gradient checkpointing, bfloat16,
 reports and logging of TRL are off; here metrics are written at every step, as always. The time of a step is that
 between the ends of two steps, the first is left out, the fastest of the others counts; the sides take turns.
-``limit`` is what the step would take if there were nothing but the matrix products with weights that it cannot avoid;
-what lies above ``TRL / limit`` no implementation of this step reaches.
+``limit`` is what the step would take if there were nothing but the matrix products with weights that no step avoids
+that samples and then reads what it sampled; what lies above ``TRL / limit`` no implementation of it reaches.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import _clock as shared
 import rollouts
@@ -178,27 +176,19 @@ def theirs(method: str, case: Case, clock: Callable[[], float]) -> list[float]:
     return seen
 
 
-def products(method: str, case: Case, clock: Callable[[], float]) -> float:
-    """Seconds of the products with weights that a step cannot avoid, on numbers of no meaning.
+def products(method: str, case: Case) -> rollouts.Products:
+    """The products with weights of a step that samples and then reads what it sampled.
 
-    Those of sampling; then for the policy one forward and two backward, for the other model one forward, of the layers
-    over all tokens and of the head over the new ones.
+    Those of sampling; then for the policy one forward and two backward, for the other model one forward. Each prompt is
+    counted once for its group, the last new tokens not at all (nothing is asked after them), and in the last layer
+    only keys and values of the prompt tokens before the last.
     """
     model = CausalLM.load(case.student)
     prompts = [model.encode_prompt(p) for p in case.prompts[: ROWS // GROUP if method == "grpo" else ROWS]]
-    tokens = sum(map(len, prompts)) * (ROWS // len(prompts)) + ROWS * case.new
-    layers = [m.weight for m in model.causal.base_model.modules() if isinstance(m, torch.nn.Linear)]
-    sampling, head = rollouts.products(model, prompts, ROWS, case.new), model.head()[0]
-
-    def step() -> None:
-        sampling()
-        with torch.inference_mode():
-            for weight, rows in [*((w, tokens) for w in layers), (head, ROWS * case.new)]:
-                inputs = torch.randn(rows, weight.shape[1])
-                for _ in range(4):
-                    torch.nn.functional.linear(inputs, weight)
-
-    return shared.fastest([step], 3, clock)[0]
+    read = ROWS * (case.new - 1)
+    answered = len(prompts) + read
+    once = [*rollouts.reading(model, sum(map(len, prompts)) + read, answered), (model.head()[0], answered)]
+    return rollouts.sampling(model, prompts, ROWS, case.new) + once * 4
 
 
 @dataclass(frozen=True)
@@ -248,7 +238,8 @@ def main() -> None:
                     for side in (theirs, ours):
                         times = [b - a for a, b in pairwise(side(method, case, clock)[1:])]
                         seconds[side] = min([*times, seconds.get(side, float("inf"))])
-                limit, (their, our) = products(method, case, clock), (seconds[theirs], seconds[ours])
+                (limit,) = shared.fastest([rollouts.alone(products(method, case))], 3, clock)
+                their, our = seconds[theirs], seconds[ours]
                 row = f"{their:>8.3f}{our:>9.3f}{their / our:>8.2f}{limit:>8.3f}{their / limit:>8.2f}"
                 print(f"{case.name:<18}{method:<16}{trainer:<22}{row}", flush=True)
 
