@@ -16,6 +16,7 @@ from leibler.claims import preference as pref
 from leibler.claims import small_models as small
 from leibler.claims import targets as tg
 from leibler.claims import theory as th
+from leibler.claims import vocabulary as voc
 from leibler.divergence import AdaptiveKL, ForwardKL, Jeffreys, JensenShannon, ReverseKL
 from leibler.errors import RecipeError
 from leibler.estimate import K3
@@ -223,6 +224,11 @@ BROKEN = [
         "likelihood",
         lambda r: replace(r, objective=Imitate()),
     ),
+    # vocabulary-expansion
+    case(voc.expansion_lifts_the_old_law, "vocabulary-expansion", "pushed", with_(Match, to=Teacher())),
+    case(voc.expansion_lifts_the_old_law, "vocabulary-expansion", "sign", flipped()),
+    case(voc.expansion_lifts_the_old_law, "vocabulary-expansion", "reverse", with_(Match, divergence=ReverseKL())),
+    case(voc.expansion_lifts_the_old_law, "vocabulary-expansion", "pieces-only", threshold=0.999),
     # ppo
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "sign", flipped(PolicyGradient)),
     case(pol.ppo_climbs_the_penalised_reward, "ppo", "without", without(PolicyGradient)),

@@ -349,7 +349,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "dpkd": dpkd,
     "paced": paced,
     "recursive-meta-distillation": recursive_meta_distillation,
-    "transfer-limits": transfer_limits, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
+    "transfer-limits": transfer_limits,
+    "vocabulary-expansion": kd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
 }  # fmt: skip
 
 

@@ -176,6 +176,15 @@ METHODS: dict[str, Method] = _table(
         "distillation:transfer_limits",
     ),
     Method(
+        "vocabulary-expansion",
+        "KL-based self-distillation for large language models",
+        2025,
+        "distillation",
+        "recipe",
+        "Teach a model new tokens by what it said about their pieces before.",
+        "distillation:vocabulary_expansion",
+    ),
+    Method(
         "miniplm",
         "MiniPLM: Knowledge Distillation for Pre-Training Language Models",
         2024,
