@@ -135,6 +135,36 @@ def test_an_infinite_divergence_is_none_of_the_guards_business(tmp_path):
     assert values.grad[:3].tolist() == [1, 0, 0]
 
 
+def test_what_any_process_sees_is_said(tmp_path):
+    """Where weights are shared out, each process knows of its share alone."""
+    from leibler.train.guarding import Guarding
+    from leibler.train.journal import Journal
+    from leibler.train.tally import Step
+
+    parameters = {name: torch.nn.Parameter(torch.tensor([value])) for name, value in (("a", math.nan), ("b", 1.0))}
+    parameters["b"].grad = torch.tensor([math.inf])
+    guards, said = Guards.of(Options(), recipe("sft")), []
+    theirs = {"weights": ["a", "c"], "gradients": []}
+    journal = Journal(tmp_path, Options(), lambda x: x, main=True)
+    guarding = Guarding(guards, tmp_path, journal, said.append, 0, lambda mine: [mine, theirs])
+    guarding.broken({"loss": math.nan, "grad_norm": 1.0})
+    guarding.skipped(4, 0, {}, Step({"loss": math.nan}, {}), parameters)
+    journal.close()
+    (sentence,) = said
+    seen = "loss nan, weights not finite in a and 1 more, gradients not finite in b"
+    assert sentence.startswith(f"step 4 was skipped ({seen})")
+
+
+def test_a_batch_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
+    from leibler import durable
+
+    flushed = []
+    write = durable.write
+    monkeypatch.setattr(durable, "write", lambda path, fill: (flushed.append(path.suffix), write(path, fill)))
+    run(poisoned(0), tmp_path / "run", steps=1)
+    assert ".safetensors" in flushed
+
+
 def test_too_many_in_a_row_end_the_run_and_it_can_be_gone_on_with(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(

@@ -42,7 +42,7 @@ from leibler.train import (
     fit,
 )
 from train.conformance import reward, tiny
-from train.running import PAIRS, RECORDS, recipe, run, student
+from train.running import PAIRS, RECORDS, Stopped, recipe, run, student
 
 
 def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -188,6 +188,48 @@ def test_a_directory_that_holds_something_else_is_left_alone(tmp_path):
         run(recipe("sft"), out, resume=True)
     with pytest.raises(RunError, match="holds no run to resume"):
         run(recipe("sft"), tmp_path / "none", resume=True)
+
+
+def test_what_a_refused_run_left_does_not_block_the_next(tmp_path):
+    """The weights for another engine are written before the data is read."""
+    initial = tmp_path / "run" / "rollouts" / "initial"
+    initial.mkdir(parents=True)
+    (initial / "model.safetensors").write_text("weights")
+    run(recipe("sft"), tmp_path / "run", steps=1)
+    with pytest.raises(RunError, match="holds another run"):
+        run(recipe("sft"), tmp_path / "run", steps=1)
+
+
+def test_another_engine_is_closed_however_the_run_ends(tmp_path, monkeypatch):
+    from leibler.train import loop
+
+    closed = []
+
+    class Engine:
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(loop.rollouts, "arrange", lambda recipe, *_: (recipe, Engine()))
+    with pytest.raises(Stopped):
+        run(recipe("sft", stop=1), tmp_path / "a")
+    assert closed == [True]
+    run(recipe("sft"), tmp_path / "b", steps=1)
+    assert closed == [True, True]
+
+
+def test_only_the_first_process_opens_files(tmp_path):
+    from leibler.train.journal import Journal
+    from leibler.train.options import Options
+
+    Journal(tmp_path, Options(), lambda x: x, main=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["responses", "validation"])
+def test_no_data_set_shares_a_file_with_the_run(tmp_path, name):
+    made = Recipe(Data(name), Objective(Imitate()))
+    with pytest.raises(DataError, match=f"would share set_aside/{name}.jsonl with the run; name it otherwise"):
+        run(made, tmp_path / "run", data={name: RECORDS})
 
 
 @pytest.mark.parametrize(

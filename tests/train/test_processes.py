@@ -23,12 +23,12 @@ from train.running import PAIRS, RECORDS, student
 EQUAL_RUNS = [sys.executable, str(TESTS / "train" / "equal_runs.py")]
 
 MEETING = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from leibler.errors import DataError
-from leibler.train import Options
+from leibler.train import Options, journal, run_file
 from leibler.train.processes import Processes, leave
 from train.equal_runs import go
 from train.running import RECORDS
@@ -73,6 +73,17 @@ for name, nested, error in (("within", False, DataError("row 3.")), ("nested", T
     except Exception as found:
         seen[name] = [type(found).__name__, str(found), getattr(found, "elsewhere", None), p.gather(p.rank)]
 
+write, begin = run_file.write, journal.Journal.__init__
+
+def slowly(*given, **named):
+    time.sleep(0.3)
+    return write(*given, **named)
+
+def looking(self, where, *given):
+    seen["run.yaml stands"] = (where / "run.yaml").exists()
+    begin(self, where, *given)
+
+run_file.write, journal.Journal.__init__ = slowly, looking
 go(out, "grpo", steps=2)                  # three groups: two and one
 go(out / "small", "kdrl", steps=1, batch_size=2, validation=RECORDS[7:8])   # one and none
 Path(sys.argv[2] + str(p.rank)).write_text(json.dumps(seen))
@@ -93,6 +104,7 @@ def test_two_processes_meet(tmp_path):
         assert (found["sum"], found["most"]) == (3.0, 10)
         assert found["gathered"] == [{"from": 0}, {"from": 1}]
         assert found["from main"] == "said by 0"
+        assert found["run.yaml stands"]
         # A gradient in one process only counts half; where there is none, none is made.
         assert found["average"] == [[1.5, 1.5], [2.0, 2.0], True]
     assert first["ours"] == ["DataError", "no such file.", True]

@@ -199,6 +199,17 @@ def test_an_unchanged_run_has_nothing_to_say(tmp_path, capsys):
     assert "bit-exact" not in capsys.readouterr().err
 
 
+def test_options_that_change_no_number_change_no_environment():
+    from leibler.train import Options
+    from leibler.train.environment import environment
+
+    def known(**options: Any) -> dict[str, Any]:
+        return environment(Options(**options), recipe("sft"), student(), 1)
+
+    assert known(sample_every=3, guard_steps=9, guard_draws=9, save_every=7) == known()
+    assert known(max_divergence=1.0) != known()
+
+
 def test_log_files_that_lost_lines_are_told(tmp_path, capsys):
     build = make("kd", {})
     with pytest.raises(Stopped):

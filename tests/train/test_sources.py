@@ -192,6 +192,15 @@ def test_a_limit_and_a_size_of_its_own(models):
     assert [rows.label[rows.row == i].tolist() for i in range(4)] == first
 
 
+def test_a_stage_around_a_mixture_changes_nothing_about_its_streams():
+    source = Mixture(data=Data(), own=OnPolicy(prompts="other") >> Score(reward))
+    for seen in (source, source >> Score(reward)):
+        assert seen.stream_data() == {"data": ("train",), "own": ("other",)}
+        assert seen.fresh() == {"own"}
+    assert OnPolicy().fresh() == {"main"}
+    assert Data().fresh() == set()
+
+
 def test_a_mixture_has_a_state_for_each_stream(models):
     source = Mixture(a=Data(rows=2), b=OnPolicy(2, rows=4) >> Score(reward))
     drawn, state = source.draw(context(models), source.init())

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SAMPLE, CHOSEN, REJECTED = 0, 1, 2
 """The roles of a row."""
 
+TENSORS = ("tokens", "attention", "mask", "group", "role", "muted")
+"""The tensors of `Rows` beside its columns, as they are written down."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

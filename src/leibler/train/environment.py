@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from leibler.policy import CausalLM
     from leibler.train.recipe import Recipe
 
-IDLE = frozenset({"save_every", "keep", "tensorboard", "trust_remote_code"})
+IDLE = frozenset(
+    {"save_every", "keep", "sample_every", "guard_steps", "guard_draws", "tensorboard", "trust_remote_code"}
+)
 """Options that change no number."""
 
 

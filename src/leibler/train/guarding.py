@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from leibler.errors import RunError
-from leibler.train.guards import Guards, State, diagnosis, write_batch
+from leibler.train.guards import Guards, State, diagnosis, not_finite, write_batch
 
 if TYPE_CHECKING:
     from leibler.data import Record
@@ -111,7 +111,7 @@ class Guarding:
         self, step: int, seed: int, batch: Mapping[str, View], result: Step, parameters: Mapping[str, nn.Parameter]
     ) -> None:
         """Write the batch of a skipped step aside."""
-        seen = diagnosis(parameters, result.metrics)
+        seen = diagnosis(self.gather(not_finite(parameters)), result.metrics)
         about = {"seed": seed, "seen": seen, **result.metrics}
         guard, state = self.guards.non_finite, self.state["non_finite"]
         message, kept = f"step {step} was skipped ({seen})", {}

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from leibler import durable
 from leibler.errors import RunError
-from leibler.objective.rows import Rows
+from leibler.objective.rows import TENSORS, Rows
+from leibler.train.sharding import local
 
 if TYPE_CHECKING:
     from leibler.train.options import Options
@@ -177,12 +178,18 @@ class Guards:
         return {**state, "drifts": [s for s, _ in seen]}, [m for _, m in seen if m]
 
 
-def diagnosis(parameters: Mapping[str, nn.Parameter], metrics: Mapping[str, float]) -> str:
-    """What is not finite in a step, in words."""
+def not_finite(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+    """The names of what is not finite in this process, or in its share of it."""
+    weights = [n for n, p in parameters.items() if not local(p.detach()).isfinite().all()]
+    gradients = [n for n, p in parameters.items() if p.grad is not None and not local(p.grad).isfinite().all()]
+    return {"weights": weights, "gradients": gradients}
+
+
+def diagnosis(everywhere: Sequence[Mapping[str, Sequence[str]]], metrics: Mapping[str, float]) -> str:
+    """What is not finite in a step, in words; ``everywhere`` is what each process found (`not_finite`)."""
     found = [f"{n} {v}" for n, v in metrics.items() if n in ("loss", "grad_norm") or not math.isfinite(v)]
-    weights = [n for n, p in parameters.items() if not p.detach().isfinite().all()]
-    gradients = [n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()]
-    for what, names in (("weights", weights), ("gradients", gradients)):
+    for what in ("weights", "gradients"):
+        names = list(dict.fromkeys(name for share in everywhere for name in share[what]))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{what} not finite in {names[0]}{more}")
@@ -195,11 +202,10 @@ def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mappi
     path = folder / f"step-{step:08d}.safetensors"
     tensors: dict[str, Tensor] = {}
     for stream, rows in batch.items():
-        held = {n: getattr(rows, n) for n in _TENSORS if getattr(rows, n) is not None}
+        held = {n: getattr(rows, n) for n in TENSORS if getattr(rows, n) is not None}
         held.update({f"columns/{n}": v for n, v in rows.columns.items()})
         tensors.update({f"{stream}/{n}": v.detach().cpu().contiguous() for n, v in held.items()})
-    save_file(tensors, str(path.with_name(durable.WRITING + path.name)))
-    path.with_name(durable.WRITING + path.name).rename(path)
+    durable.write(path, lambda file: file.write(save(tensors)))
     texts = {
         stream: [
             {"prompt": record.prompt, "response": text, "source": record.source}
@@ -210,9 +216,6 @@ def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mappi
     plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in about.items()}
     durable.write_text(path.with_suffix(".json"), json.dumps({**plain, "step": step, "streams": texts}, indent=1))
     return path
-
-
-_TENSORS = ("tokens", "attention", "mask", "group", "role", "muted")
 
 
 def read_batch(path: str | Path) -> dict[str, Rows]:

@@ -8,13 +8,11 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from leibler.errors import RecipeError
-from leibler.objective.rows import Rows, concatenate
+from leibler.objective.rows import TENSORS, Rows, concatenate
 from leibler.objective.signals import Validation
 from leibler.objective.targets import Behaviour, Handle
 from leibler.policy.randomness import generator
 from leibler.train.sources import Context, Origin, Source, State
-
-_TENSORS = ("tokens", "attention", "mask", "group", "role", "muted")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _groups(rows: Rows, chosen: torch.Tensor) -> Rows:
 def _pack(rows: Rows) -> State:
     """Rows as tensors and JSON values, as they stand in a checkpoint; what a record carries beside is left out."""
     records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
-    tensors = {name: getattr(rows, name) for name in _TENSORS}
+    tensors = {name: getattr(rows, name) for name in TENSORS}
     return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts)}
 
 

@@ -14,6 +14,7 @@ from leibler import durable
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
 from leibler.safety import plain_name, refuse_links
+from leibler.train import rollouts
 from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from leibler.policy import CausalLM
 
 ASIDE = "set_aside"
+RESERVED = ("responses", "validation")
+"""Files in that folder that are of no data set."""
+_LEFT = (ASIDE, rollouts.FOLDER)
 
 
 def claim_directory(out: Path, *, resume: bool) -> bool:
@@ -37,7 +41,7 @@ def claim_directory(out: Path, *, resume: bool) -> bool:
     if out.is_file():
         raise RunError(f"out={out} is a file; give a directory.")
     # What an attempt left that was refused or killed before its run.yaml was whole is no run.
-    if out.exists() and any(p.name != ASIDE and not p.name.startswith(durable.WRITING) for p in out.iterdir()):
+    if out.exists() and any(p.name not in _LEFT and not p.name.startswith(durable.WRITING) for p in out.iterdir()):
         what = "holds another run" if (out / RUN_FILE).exists() else "is not empty"
         raise RunError(f"out={out} {what}; give another directory, or go on with `leibler train --resume {out}`.")
     made = not out.exists()
@@ -118,6 +122,8 @@ def load_data(
         if name not in specs:
             option = "data=FILE" if name == "train" else f"data.{name}=FILE"
             raise DataError(f"the recipe draws from the data {name!r}, which was not given; add {option}.")
+        if name in RESERVED:
+            raise DataError(f"the data {name!r} would share {ASIDE}/{name}.jsonl with the run; name it otherwise.")
         labels = ("chosen", "rejected") if name in pairs else ("completion",)
         needs = ("prompt",) if kind == "prompts" else ("prompt", *labels)
         aside = None if out is None else out / ASIDE / f"{plain_name(name, 'the data')}.jsonl"

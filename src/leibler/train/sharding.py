@@ -113,6 +113,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_share(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor; the tensor itself where it is whole."""
+    return tensor.to_local() if is_share(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def put(whole: Tensor, into: Tensor) -> None:
     """Copy a whole tensor into another, or this process's rows of it into its share."""
     with torch.no_grad():

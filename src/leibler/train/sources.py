@@ -90,6 +90,10 @@ class Source:
         """The names of the data behind each stream."""
         return {stream: tuple(self.datasets()) for stream in self.streams()}
 
+    def fresh(self) -> frozenset[str]:
+        """The streams whose texts are sampled during the run."""
+        return frozenset(self.streams()) if self.handles() else frozenset()
+
     @property
     def needs_validation(self) -> bool:
         """True if what is drawn depends on validation metrics."""
@@ -330,6 +334,12 @@ class Staged(Source):
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()
 
+    def stream_data(self) -> Mapping[str, tuple[str, ...]]:
+        return self.source.stream_data()
+
+    def fresh(self) -> frozenset[str]:
+        return self.source.fresh()
+
     @property
     def needs_validation(self) -> bool:
         return self.source.needs_validation
@@ -365,6 +375,9 @@ class Mixture(Source):
 
     def stream_data(self) -> Mapping[str, tuple[str, ...]]:
         return {name: tuple(source.datasets()) for name, source in self.sources}
+
+    def fresh(self) -> frozenset[str]:
+        return frozenset(name for name, source in self.sources if source.fresh())
 
     @property
     def needs_validation(self) -> bool:

@@ -12,7 +12,6 @@ from leibler.objective.objective import walk
 from leibler.objective.targets import Handle
 from leibler.objective.terms import Term
 from leibler.train.models import ModelRule, Trained
-from leibler.train.sources import Mixture, Source
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
@@ -69,7 +68,7 @@ def check(
             )
         cache.check_model(policy)
         cache.check_temperature(temperature)
-    fresh, read = _fresh(recipe.source), recipe.source.stream_data()
+    fresh, read = recipe.source.fresh(), recipe.source.stream_data()
     for term in recipe.objective.terms:
         for need in _needs(term):
             names = _names(need) & stored.keys()
@@ -93,13 +92,6 @@ def check(
 
 
 _LIVE = "give the model itself, or train on texts that it wrote before."
-
-
-def _fresh(source: Source) -> set[str]:
-    """The streams whose texts are new."""
-    if isinstance(source, Mixture):
-        return {name for name, part in source.sources if part.handles()}
-    return set(source.streams()) if source.handles() else set()
 
 
 def _needs(term: Term) -> Iterator[Need]:
