@@ -25,9 +25,12 @@ from leibler.divergence import (
     ForwardKL,
     JensenShannon,
     Power,
+    Renyi,
     ReverseKL,
     RowFunction,
     SampledLogProb,
+    SkewForwardKL,
+    SkewReverseKL,
     SumForm,
     Swapped,
     get,
@@ -190,6 +193,25 @@ def test_orders_near_the_limits_and_beyond(order: float, kernel_path: list[int])
     (h,) = torch.autograd.grad(judge.sum(), leaf)
     (got,) = torch.autograd.grad(values.sum(), model.hidden)
     assert_close(got, h @ model.weight.detach().double() / 3.0, 1e-5)
+
+
+@pytest.mark.parametrize("d", [SkewForwardKL(0.999), SkewReverseKL(0.999), JensenShannon(0.001), JensenShannon(0.999)])
+def test_small_shares_of_a_mixture_keep_their_digits(d: Divergence, kernel_path: list[int]) -> None:
+    g = torch.Generator().manual_seed(4)
+    value, judge, got, expected = judged(d, *by_logits(*(3 * torch.randn(2, 3, 40, generator=g))))
+    assert kernel_path
+    assert_close(value / judge, torch.ones_like(judge), 5e-6)
+    assert_close(got, expected, 5e-6)
+
+
+@pytest.mark.parametrize("d", [Renyi(1.0005), Renyi(0.9995), Alpha(5e-4), Alpha(0.9995), Alpha(1.0005)])
+def test_orders_near_the_limits_of_rows_far_apart(d: Divergence, kernel_path: list[int]) -> None:
+    g = torch.Generator().manual_seed(5)
+    value, judge, got, expected = judged(d, *by_logits(*(1000 * torch.randn(2, 3, 40, generator=g))))
+    assert kernel_path
+    assert_close(value / judge, torch.ones_like(judge), 1e-6)
+    # The model's rows have nearly all their mass in one entry: what is rounded is of the size of the value.
+    assert bool(((got - expected).abs().amax(-1) <= 1e-6 * judge).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -21,7 +21,8 @@ from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import DEAD_ZONE, CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
 from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
-from leibler.divergence.power import PowerKernel
+from leibler.divergence.pair import EXTREME
+from leibler.divergence.power import BAND, PowerKernel
 from leibler.divergence.tiers import SumForm, Swapped
 
 Tensors = tuple[Tensor, ...]
@@ -182,9 +183,9 @@ class _Mixed(NamedTuple):
 
 
 def _mixed(first: Tensor, second: Tensor, log_first: Tensor, x: Tensor, share: float) -> _Mixed:
-    """``x = log(b / a)``; for close entries everything follows from ``y = m / a - 1``."""
-    near = _near(x)
-    y = torch.expm1(x.clamp(-1.0, 1.0)) * share
+    """``x = log(b / a)``; for entries close to the mixture everything follows from ``y = m / a - 1``."""
+    y = torch.expm1(x.clamp(-EXTREME, EXTREME)) * share
+    near = y.abs() < 0.5
     mixture = (first * (1.0 - share) + second * share).clamp(min=TINY)
     surprise = log_first - torch.log(mixture)
     return _Mixed(
@@ -258,8 +259,9 @@ def _scaled(kl: Form, weight: float) -> Form:
     return Form(kl.sums, finish, lambda e, numbers: kl.gradient(e, numbers) * weight, kl.powers, kl.ceiling)
 
 
-def _bounded_expm1(x: Tensor) -> Tensor:
-    return torch.expm1(x.clamp(-1.0, 1.0))
+def _exp_less_one(first: Tensor, x: Tensor, other: Tensor, limit: float) -> Tensor:
+    """``a (exp(x) - 1)`` where ``b = a exp(x)``: by expm1 below the limit, by the difference of b and a beyond."""
+    return torch.where(x.abs() < limit, first * torch.expm1(x.clamp(-limit, limit)), other - first)
 
 
 @_form.register
@@ -267,6 +269,9 @@ def _(functional: PowerKernel) -> Form:
     if functional._limit is not None:
         return _scaled(_formed(functional._limit), functional.weight)
     order, scale, logarithmic = functional.order, functional._scale, functional.logarithmic
+    # Near the limits the scale multiplies every rounding: there expm1 serves as far as it does not overflow.
+    near_one = abs(order - 1.0) < BAND
+    limit, least, most = (EXTREME, -0.99, 1e6) if near_one or abs(order) < BAND else (1.0, -0.5, 0.5)
 
     def sums(e: Entry, _: Tensors) -> Tensors:
         # S - 1 = E_b[exp(c x) - 1 - c (exp(x) - 1)], x = log(a / b), for b = q, c = order or b = p, c = 1 - order:
@@ -276,14 +281,15 @@ def _(functional: PowerKernel) -> Form:
         else:
             first, other, x, c = e.p, e.q, -e.ratio, 1.0 - order
         blend = torch.exp(e.logp * order + e.logq * (1.0 - order))
-        far = torch.where(_near(c * x), first * _bounded_expm1(c * x), blend - first) - (other - first) * c
+        far = _exp_less_one(first, c * x, blend, limit) - (other - first) * c
         both_small = _near(x) & _near(c * x)
         return (torch.where(both_small, first * (excess(c * x) - excess(x) * c), far),)
 
     def finish(facts: Facts, sums: Tensors) -> tuple[Tensor, Tensors]:
         less_one = sums[0]
         plain = facts.powers[0]
-        log_s = torch.where(less_one.abs() < 0.5, torch.log1p(less_one.clamp(-0.5, 0.5)), plain)
+        known = (less_one > least) & (less_one < most)
+        log_s = torch.where(known, torch.log1p(less_one.clamp(least, most)), plain)
         values = (scale * (log_s if logarithmic else torch.expm1(log_s))).clamp(min=0.0)
         if order < 0.0:
             values = values.masked_fill(facts.model_lacks, torch.inf)
@@ -297,7 +303,7 @@ def _(functional: PowerKernel) -> Form:
         log_s, slope = numbers
         exponent = e.ratio * (order - 1.0) - log_s
         blend = torch.exp(e.logp * order + e.logq * (1.0 - order) - log_s)
-        return torch.where(_near(exponent), e.p * _bounded_expm1(exponent), blend - e.p) * slope
+        return _exp_less_one(e.p, exponent, blend, EXTREME if near_one else 1.0) * slope
 
     return Form(sums, finish, gradient, ((order, 1.0 - order),), functional.ceiling)
 
