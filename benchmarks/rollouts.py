@@ -15,6 +15,7 @@ completions. What lies above ``limit / generate`` no implementation of this mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ Products = list[tuple[torch.Tensor, int]]
 
 def reading(model: CausalLM, tokens: int, answered: int) -> Products:
     """Products of the layers for ``tokens``, of which only ``answered`` are carried beyond the last layer's keys."""
-    base = model.causal.base_model
+    base: Any = model.causal.base_model
     last = f"layers.{len(base.layers) - 1}."
     return [
         (m.weight, answered if name.startswith(last) and not name.endswith(("k_proj", "v_proj")) else tokens)
