@@ -22,6 +22,9 @@ def options(description: str | None, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=cores, help=f"of torch (default: as many as cores, {cores})")
     parser.add_argument("--repeats", type=int, default=repeats, help=f"the fastest counts (default {repeats})")
     parser.add_argument("--wall", action="store_true", help="elapsed time also of one thread (else its processor time)")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="freed memory goes back to the system, as by default"
+    )
     return parser
 
 
@@ -32,7 +35,7 @@ def started(arguments: argparse.Namespace, *packages: str, keep: bool = True) ->
     first.
     """
     torch.set_num_threads(arguments.threads)
-    kept = keep and memory.keep()
+    kept = keep and not getattr(arguments, "return_memory", False) and memory.keep()
     # Processor time of several threads counts each of them: only elapsed time compares sides then.
     wall = arguments.wall or arguments.threads > 1
     found = []

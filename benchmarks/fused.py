@@ -187,7 +187,7 @@ def peak_megabytes(run: Callable[[], None]) -> float | None:
 
     # What an earlier run left, gradients above all, would hide what this one takes.
     for held in gc.get_objects():
-        if isinstance(held, Tensor) and held.is_leaf:
+        if issubclass(type(held), Tensor) and held.is_leaf:  # isinstance would ask lazy modules for their class
             held.grad = None
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
