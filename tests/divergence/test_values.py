@@ -335,3 +335,13 @@ def test_limits_of_skewed_mixtures() -> None:
     torch.testing.assert_close(SkewReverseKL(1e-6)(model, target), reverse, **close)
     torch.testing.assert_close(JensenShannon(1e-6)(model, target) / 1e-6, forward, **close)
     torch.testing.assert_close(JensenShannon(1 - 1e-6)(model, target) / 1e-6, reverse, **close)
+
+
+def test_the_head_of_a_row_does_not_depend_on_the_rows_beside_it():
+    """More rows than a row's number and a weight's low bits fit one integer with, in either precision."""
+    g = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        z, y = (torch.randn(600, 20, generator=g, dtype=torch.float64).mul(2).to(dtype) for _ in range(2))
+        together = AdaptiveKL()(z, y)
+        alone = torch.cat([AdaptiveKL()(z[i : i + 50], y[i : i + 50]) for i in range(0, 600, 50)])
+        assert (together - alone).abs().max() < tolerance

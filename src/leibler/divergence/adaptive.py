@@ -127,7 +127,11 @@ def _in_head(row: Row, head_mass: float) -> Float[Tensor, "rows vocab"]:
     rows = flat // vocab
     # By row, then by falling weight, then as in the vocabulary.
     low = bits.view(-1)[flat] & ((1 << shift) - 1)
-    order = ((rows << shift) - low).sort(stable=True).indices
+    if count.bit_length() + shift < 63:
+        order = ((rows << shift) - low).sort(stable=True).indices
+    else:  # both do not fit one number: in double precision, from 64 rows on
+        order = (-low).sort(stable=True).indices
+        order = order[rows[order].sort(stable=True).indices]
     flat = flat[order]
     rows = rows[order]
     sums = torch.nn.functional.pad(weights.view(-1)[flat].cumsum(dim=0, dtype=torch.float64), (1, 0))
