@@ -37,10 +37,10 @@ demo: $(STAMP)  ## train and distil small models from nothing, and write a repor
 	$(BIN)/leibler demo
 
 test: $(STAMP)  ## tests and docstring examples (fast ones)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(STAMP)  ## the tests that take more than a few seconds
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check src tests $(wildcard examples benchmarks)

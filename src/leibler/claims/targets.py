@@ -26,32 +26,25 @@ from leibler.claims.tables import (
 )
 from leibler.divergence import ReverseKL
 from leibler.estimate import K2
-from leibler.objective import GroupNormalised, Match, Objective, PolicyGradient, Reward, Teacher
+from leibler.objective import GroupNormalised, Match, Objective, PolicyGradient, Reward, Rows, Teacher
 from leibler.train import Answer, OnPolicy, Recipe, Schedule, Score
 
 # ---- rlad ----------------------------------------------------------------------------------------------------------
 
 
-def _pairs_of_arms(recipe: Recipe, teacher: Table) -> tuple[Bench, Tensor, Tensor, Tensor]:
-    """Every pair of draws in two contexts of four arms, one arm right: the bench, prompts, arms and advantages."""
-    prompt, response, group = every_pair(_ARMS)
-    rows = rewarded(listed(prompt, response, group), lambda x, y: float(y[0] == x))
-    bench = Bench(recipe, {"policy": fractions(_ARMS), "teacher": teacher, "reference": fractions(_ARMS)})
-    bench.annotate(rows)
-    reward = rows.columns["reward"].reshape(-1, 2).to(F64)
-    centred = reward - reward.mean(1, keepdim=True)
-    advantage = (centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-12)).flatten()  # ±1/√2
-    return bench, prompt, response[:, 0], advantage
-
-
 _ARMS = shuffled(2, 1, 4, seed=1)
 
 
-def _rlad_rows(recipe: Recipe, teacher: Table) -> Tensor:
-    bench, prompt, response, _ = _pairs_of_arms(recipe, teacher)
-    group = torch.arange(len(prompt) // 2).repeat_interleave(2)
-    rows = rewarded(listed(prompt, response[:, None], group), lambda x, y: float(y[0] == x))
-    return bench.gradient(rows)[0][:, 0]
+def _pairs_of_arms() -> Rows:
+    """Every pair of draws in two contexts of four arms, of which one is right."""
+    prompt, response, group = every_pair(_ARMS)
+    return rewarded(listed(prompt, response, group), lambda x, y: float(y[0] == x))
+
+
+def _pull(recipe: Recipe, teacher: Table) -> Tensor:
+    """The recipe's gradient on the arms' logits."""
+    models = {"policy": fractions(_ARMS), "teacher": teacher, "reference": fractions(_ARMS)}
+    return Bench(recipe, models).gradient(_pairs_of_arms())[0][:, 0]
 
 
 @claim(
@@ -63,14 +56,17 @@ def _rlad_rows(recipe: Recipe, teacher: Table) -> Tensor:
 )
 def rlad_gates_by_the_teacher(build: Build = of("rlad")) -> tuple[str, bool]:
     teacher = Table(normal(2, 1, 4, seed=2, scale=1.5))
-    _, prompt, arm, advantage = _pairs_of_arms(build(epochs=1), teacher)
+    rows = _pairs_of_arms()
+    prompt, arm = rows.tokens.t()
+    reward = rows.columns["reward"].reshape(-1, 2).to(F64)
+    advantage = ((reward - reward.mean(1, keepdim=True)).sign() / 2**0.5).flatten()  # of two draws
     old, law = fractions(_ARMS).log_laws(), teacher.log_laws()
     ratio = (0.5 * (old - law)).exp()[prompt, arm]
     good, bad = advantage > 0, advantage < 0
     passes = (good & (ratio <= 1.2)) | (bad & (ratio >= 0.8))
     score = torch.nn.functional.one_hot(arm, 4) - old.exp()[prompt]
     expected = torch.zeros(2, 4, dtype=F64).index_add_(0, prompt, -(passes * ratio * advantage)[:, None] * score)
-    gap = off(_rlad_rows(build(epochs=1), teacher), expected / len(prompt))
+    gap = off(_pull(build(epochs=1), teacher), expected / len(prompt))
     both = all(bool(passes[side].any()) and not bool(passes[side].all()) for side in (good, bad))
     return f"relative difference {gap:.1e}; {float(passes[good | bad].double().mean()):.0%} of tokens pass", (
         gap < 1e-5 and both
@@ -84,8 +80,8 @@ def rlad_gates_by_the_teacher(build: Build = of("rlad")) -> tuple[str, bool]:
 )
 def rlad_contains_grpo(build: Build = of("rlad")) -> tuple[str, bool]:
     teacher = Table(normal(2, 1, 4, seed=2, scale=1.5))
-    grpo = _rlad_rows(of("grpo")(coefficient=0.0), teacher)
-    same, other = _rlad_rows(build(alpha=1.0, epochs=1), teacher), _rlad_rows(build(epochs=1), teacher)
+    grpo = _pull(of("grpo")(coefficient=0.0), teacher)
+    same, other = _pull(build(alpha=1.0, epochs=1), teacher), _pull(build(epochs=1), teacher)
     gap = off(other, grpo)
     return f"equal: {bool(torch.equal(same, grpo))}; off by {gap:.0%} at 0.5", bool(
         torch.equal(same, grpo)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from leibler.data.checkers import normalised
 from leibler.data.records import Dataset
 from leibler.errors import DataError
-from leibler.policy import CausalLM, sample
+from leibler.measure.models import greedy
+from leibler.policy import CausalLM
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,10 @@ def of_models(
     if check is None:
         raise DataError(f"{dataset.name} has no checker; give every record an 'answer', or use task:NAME.")
     right = "(right)"
-    none = torch.zeros((len(dataset), max_new_tokens), dtype=torch.float64)
     answers = []
     for model in (student, base, teacher):
         prompts = [model.encode_prompt(record.prompt) for record in dataset]
-        drawn = sample(model, prompts, uniforms=none, temperature=0.0, max_batch=64).completions()
-        texts = [model.decode(ids) for ids in drawn]
+        texts = [model.decode(ids) for ids in greedy(model, prompts, max_new_tokens, 64)]
         answers.append([right if check(r, t) >= 1.0 else normalised(t) for r, t in zip(dataset, texts, strict=True)])
     own, before, taught = answers
     return fidelity(own, before, taught, [right] * len(dataset))

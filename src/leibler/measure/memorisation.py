@@ -14,8 +14,8 @@ from leibler.data.records import Record
 from leibler.divergence import ForwardKL, SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import TargetRows, Want, functionals
-from leibler.measure.models import _linear, _padded
-from leibler.policy import CausalLM, same_tokenizer, sample
+from leibler.measure.models import _linear, _padded, by_length, greedy, row_means
+from leibler.policy import CausalLM, same_tokenizer
 from leibler.policy.model import evaluating
 
 
@@ -75,10 +75,9 @@ def recited(model: CausalLM, places: Sequence[Excerpt], batch_size: int = 64) ->
         True
     """
     longest = max(len(place.suffix) for place in places)
-    none = torch.zeros((len(places), longest), dtype=torch.float64)
-    drawn = sample(model, [p.prefix for p in places], uniforms=none, temperature=0.0, max_batch=batch_size)
+    answers = greedy(model, [p.prefix for p in places], longest, batch_size)
     out = []
-    for place, ids in zip(places, drawn.completions(), strict=True):
+    for place, ids in zip(places, answers, strict=True):
         same = 0
         for wanted, given in zip(place.suffix, ids):
             if wanted != given:
@@ -157,23 +156,23 @@ def predictors(
     """
     same_tokenizer(teacher, baseline, ("teacher", "baseline"))
     out = {"zlib": [float(len(zlib.compress(place.text.encode(), 9))) for place in places]}
-    sums: dict[str, list[float]] = {"teacher_nll": [], "baseline_nll": [], "forward_kl": []}
+    pairs = [(list(place.prefix), list(place.suffix)) for place in places]
+    means = {
+        name: torch.zeros(len(places), dtype=torch.float64) for name in ("teacher_nll", "baseline_nll", "forward_kl")
+    }
     with torch.no_grad(), evaluating(teacher, baseline):
-        for start in range(0, len(places), batch_size):
-            part = places[start : start + batch_size]
-            rows = _padded(teacher, [(list(p.prefix), list(p.suffix)) for p in part])
-            token, owner = rows[0][:, 1:][rows[2]], rows[2].nonzero()[:, 0]
+        for part in by_length(pairs, batch_size):
+            rows = _padded(teacher, [pairs[i] for i in part])
+            token = rows[0][:, 1:][rows[2]]
             there, here = _linear(teacher, *rows), _linear(baseline, *rows)
             vocab = teacher.vocab_size
             (first,) = functionals(there, [Want(SampledLogProb())], token=token, vocab=vocab)
             second, kl = functionals(
                 here, [Want(SampledLogProb()), Want(ForwardKL(), 0)], [TargetRows((there,))], token=token, vocab=vocab
             )
-            length = rows[2].sum(1).double()
-            for name, values in zip(sums, (-first, -second, kl), strict=True):
-                total = torch.zeros(len(part), dtype=torch.float64, device=values.device)
-                sums[name] += (total.index_add_(0, owner, values.double()) / length).tolist()
-    return {**out, **sums}
+            for mean, values in zip(means.values(), (-first, -second, kl), strict=True):
+                mean[part] = row_means(values, rows[2])
+    return {**out, **{name: mean.tolist() for name, mean in means.items()}}
 
 
 def foretold(

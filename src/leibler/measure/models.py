@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from leibler.divergence import Divergence, Entropy, ForwardKL, Functional, ReverseKL, Row, SampledLogProb
@@ -172,9 +172,8 @@ def evaluate(
     if n_samples and temperature <= 0:
         raise DataError(f"samples cannot be drawn at temperature {temperature}; give one above 0, or n_samples=0.")
     prompts = [model.encode_prompt(record.prompt) for record in dataset]
-    none = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float64)
-    greedy = sample(model, prompts, uniforms=none, temperature=0.0, max_batch=batch_size)
-    right = [check(r, model.decode(ids)) >= 1.0 for r, ids in zip(dataset, greedy.completions())]
+    answers = greedy(model, prompts, max_new_tokens, batch_size)
+    right = [check(r, model.decode(ids)) >= 1.0 for r, ids in zip(dataset, answers)]
     result: dict[str, Any] = {"questions": len(prompts), "accuracy": sum(right) / len(right)}
     if not n_samples:
         return result
@@ -316,12 +315,29 @@ def _batches(model: CausalLM, records: Iterable[Record], batch_size: int) -> Ite
 
 
 def _cut(model: CausalLM, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> Iterator[_Rows]:
+    for part in by_length(pairs, batch_size):
+        yield _padded(model, [pairs[i] for i in part])
+
+
+def by_length(pairs: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows, those of similar length together: less padding."""
     if batch_size < 1:
         raise DataError(f"a batch cannot have {batch_size} rows; give batch_size of at least 1.")
-    # Rows of similar length together: less padding.
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    for start in range(0, len(pairs), batch_size):
-        yield _padded(model, pairs[start : start + batch_size])
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def row_means(values: Float[Tensor, " events"], mask: Bool[Tensor, "rows time"]) -> Float64[Tensor, " rows"]:
+    """The mean of each row's events, on the CPU."""
+    owner, length = mask.nonzero()[:, 0].cpu(), mask.sum(1).cpu()
+    return torch.zeros(len(mask), dtype=torch.float64).index_add_(0, owner, values.double().cpu()) / length
+
+
+def greedy(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """The most likely answer to each prompt, token by token."""
+    none = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float64)
+    return sample(model, prompts, uniforms=none, temperature=0.0, max_batch=batch_size).completions()
 
 
 def _linear(model: CausalLM, tokens: Tensor, attention: Tensor, mask: Tensor, temperature: float = 1.0) -> Linear:

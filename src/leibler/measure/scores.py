@@ -11,7 +11,7 @@ import torch
 from leibler.divergence import Entropy, SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import Want, functionals
-from leibler.measure.models import _linear, _padded
+from leibler.measure.models import _linear, _padded, by_length, row_means
 from leibler.policy import CausalLM, sample, uniforms
 from leibler.policy.model import evaluating
 
@@ -56,21 +56,17 @@ def read(
             raise DataError(f"{where} has no 'completion' to score; add one to each record.")
         pairs.append((model.encode_prompt(record.prompt), model.encode_completion(record.completion)))
     nll, entropy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
-    # Rows of similar length together: less padding.
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    done = 0
     with torch.no_grad(), evaluating(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
+        for part in by_length(pairs, batch_size):
             rows = _padded(model, [pairs[i] for i in part])
             token, mask = rows[0][:, 1:][rows[2]], rows[2]
             wants = [Want(SampledLogProb()), Want(Entropy())]
-            numbers = functionals(_linear(model, *rows), wants, token=token, vocab=model.vocab_size).double().cpu()
-            owner = mask.nonzero()[:, 0].cpu()
-            length = mask.sum(1).cpu().double()
-            for out, values in ((nll, -numbers[0]), (entropy, numbers[1])):
-                out[part] = torch.zeros(len(part), dtype=torch.float64).index_add_(0, owner, values) / length
+            numbers = functionals(_linear(model, *rows), wants, token=token, vocab=model.vocab_size)
+            nll[part], entropy[part] = -row_means(numbers[0], mask), row_means(numbers[1], mask)
+            done += len(part)
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+                progress(done, len(pairs))
     largest = math.log(model.vocab_size)
     return {
         "nll": nll.tolist(),
