@@ -10,29 +10,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from leibler.objective.rows import Rows, View
 
 
 class Reduction(Protocol):
-    """``weight(view) -> [n]`` and ``count(rows) -> denominator``."""
+    """``weight(view) -> [n]`` and ``count(rows) -> denominator``.
 
-    def weight(self, view: View) -> Float[Tensor, " n"]: ...
+    For a term with a ``where``, ``lengths`` and ``rows`` count the events there only.
+    """
+
+    def weight(self, view: View, lengths: Int[Tensor, " batch"]) -> Float[Tensor, " n"]: ...
 
     def count(self, rows: Rows) -> float: ...
-
-
-def _lengths(view: View) -> Tensor:
-    return view.to_events(view.rows.length.to(torch.float32))
 
 
 @dataclass(frozen=True)
 class TokenMean:
     """The mean over all events of the optimiser batch."""
 
-    def weight(self, view: View) -> Tensor:
+    def weight(self, view: View, lengths: Tensor) -> Tensor:
         return torch.ones_like(view.row, dtype=torch.float32)
 
     def count(self, rows: Rows) -> float:
@@ -45,9 +44,9 @@ class SequenceMean:
 
     per: str = "mean"
 
-    def weight(self, view: View) -> Tensor:
-        lengths = _lengths(view)
-        return 1.0 / lengths if self.per == "mean" else torch.ones_like(lengths)
+    def weight(self, view: View, lengths: Tensor) -> Tensor:
+        spread = view.to_events(lengths.clamp_min(1).to(torch.float32))
+        return 1.0 / spread if self.per == "mean" else torch.ones_like(spread)
 
     def count(self, rows: Rows) -> float:
         return float((rows.length > 0).sum())

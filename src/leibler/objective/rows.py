@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 SAMPLE, CHOSEN, REJECTED = 0, 1, 2
 """The roles of a row."""
 
-TENSORS = ("tokens", "attention", "mask", "group", "role", "muted")
+ROLES = {"sample": SAMPLE, "chosen": CHOSEN, "rejected": REJECTED}
+
+TENSORS = ("tokens", "attention", "mask", "group", "role", "muted", "labels")
 """The tensors of `Rows` beside its columns, as they are written down."""
 
 
@@ -43,6 +45,8 @@ class Rows:
         muted: ``[batch]`` rows that stay in the denominators but contribute no loss, or None.
         records: one record for each row (opaque here).
         texts: the decoded response of each row.
+        labels: ``[batch time]`` what each position predicts, where that is not the next token of ``tokens``; or None.
+        views: the same events in other layouts of tokens (after another prompt), by name; see `with_view`.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -54,6 +58,8 @@ class Rows:
     muted: Bool[Tensor, " batch"] | None = None
     records: Sequence[Any] = ()
     texts: Sequence[str] = ()
+    labels: Int[Tensor, "batch time"] | None = None
+    views: Mapping[str, Rows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -66,7 +72,7 @@ class Rows:
     @cached_property
     def label(self) -> Int[Tensor, " events"]:
         """The token that each event predicts."""
-        return self.tokens[:, 1:][self.mask]
+        return (self.tokens[:, 1:] if self.labels is None else self.labels)[self.mask]
 
     @cached_property
     def length(self) -> Int[Tensor, " batch"]:
@@ -91,6 +97,28 @@ class Rows:
 
     def with_columns(self, **columns: Tensor) -> Rows:
         return replace(self, columns={**self.columns, **columns})
+
+    def with_view(self, name: str, rows: Rows) -> Rows:
+        """These rows with another layout of the same events, which `Given` targets read.
+
+        Raises:
+            RecipeError: some row has another number of events there.
+        """
+        if not torch.equal(rows.length, self.length):
+            raise RecipeError(f"the view {name!r} must have the events of the rows themselves, each row as many.")
+        return replace(self, views={**self.views, name: rows})
+
+    def view(self, name: str) -> Rows:
+        """A view; raises `RecipeError` for one that the source has not made."""
+        if name not in self.views:
+            known = ", ".join(sorted(self.views)) or "none"
+            raise RecipeError(f"the rows have no view {name!r} (they have: {known}); draw them from a source with it.")
+        return self.views[name]
+
+    def inside(self, where: str) -> Bool[Tensor, "batch time"]:
+        """The events of a role (``chosen``), or those where a column of 0 and 1 is not 0."""
+        chosen = self.role == ROLES[where] if where in ROLES else self.column(where) != 0
+        return self.mask & (chosen if chosen.ndim == 2 else chosen[:, None])
 
     def column(self, name: str) -> Tensor:
         """A column; raises `RecipeError` for one that no stage has written."""
@@ -117,6 +145,8 @@ class Rows:
             None if self.muted is None else self.muted[index],
             [self.records[i] for i in picks] if self.records else (),
             [self.texts[i] for i in picks] if self.texts else (),
+            None if self.labels is None else self.labels[index, :time],
+            {name: view.select(index) for name, view in self.views.items()},
         )
 
     def to(self, device: torch.device | str) -> Rows:
@@ -130,6 +160,8 @@ class Rows:
             None if self.muted is None else self.muted.to(device),
             self.records,
             self.texts,
+            None if self.labels is None else self.labels.to(device),
+            {name: view.to(device) for name, view in self.views.items()},
         )
 
 
@@ -145,6 +177,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         group.append(part.group_index + offset)
         offset += part.groups
     names = set.intersection(*(set(p.columns) for p in parts))
+    views = set.intersection(*(set(p.views) for p in parts))
+    labels = [p.tokens[:, 1:] if p.labels is None else p.labels for p in parts]
     muted = [p.muted if p.muted is not None else torch.zeros_like(p.role, dtype=torch.bool) for p in parts]
     return Rows(
         torch.cat([pad(p.tokens, length) for p in parts]),
@@ -159,6 +193,8 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         torch.cat(muted) if any(p.muted is not None for p in parts) else None,
         [r for p in parts for r in p.records],
         [t for p in parts for t in p.texts],
+        torch.cat([pad(x, length - 1) for x in labels]) if any(p.labels is not None for p in parts) else None,
+        {name: concatenate([p.views[name] for p in parts]) for name in sorted(views)},
     )
 
 
@@ -201,6 +237,11 @@ class View:
             value = value[self.rows.mask]
             return value if self.events is None else value[self.events]
         return value
+
+    def inside(self, where: str) -> Bool[Tensor, " n"]:
+        """Which events a term with this ``where`` is about."""
+        chosen = self.rows.inside(where)[self.rows.mask]
+        return chosen if self.events is None else chosen[self.events]
 
     def to_events(self, value: Tensor) -> Tensor:
         """Spread ``[batch]`` numbers (or one number) over the events of their rows; event numbers pass."""

@@ -55,6 +55,23 @@ class Handle(Target):
         return logp(self)
 
 
+@dataclass(frozen=True)
+class Given(Handle):
+    """A model that reads another view of the rows: the same events after another prompt, such as one that holds the
+    answer (privileged information). The source of the rows makes the view.
+
+    Examples:
+        >>> Given(Teacher(), "privileged")
+        Given(name='teacher', view='privileged')
+    """
+
+    view: str = "privileged"
+
+    def __init__(self, model: Handle | str, view: str = "privileged") -> None:
+        object.__setattr__(self, "name", model if isinstance(model, str) else model.name)
+        object.__setattr__(self, "view", view)
+
+
 def Policy() -> Handle:
     """The model being trained, at this very step."""
     return Handle("policy")

@@ -7,7 +7,7 @@ needs. ``loss`` returns a value and a weight per unit (event, row or comparison)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -37,12 +37,15 @@ class Term:
         coefficient: a number, a schedule or a controller.
         weight: detached numbers per event or row.
         reduce: how events become one number.
+        where: the events that it is about: a role (``"chosen"``), or the name of a column of 0 and 1; None: all. The
+            others neither contribute nor count.
     """
 
     on: str | None = None
     coefficient: Signal | float = 1.0
     weight: Signal | float = 1.0
     reduce: Reduction = field(default_factory=TokenMean)
+    where: str | None = None
     couples: ClassVar[Couples] = "token"
 
     @property
@@ -66,11 +69,16 @@ class Term:
 
     def count(self, rows: Rows) -> float:
         """The denominator: muted rows stay in it."""
-        return self.reduce.count(rows)
+        return self.reduce.count(self._inside(rows))
+
+    def _inside(self, rows: Rows) -> Rows:
+        return rows if self.where is None else replace(rows, mask=rows.inside(self.where))
 
     def _weights(self, view: View) -> Tensor:
-        """The reduction's weight times the term's own, 0 at muted rows."""
-        weight = self.reduce.weight(view)
+        """The reduction's weight times the term's own, 0 at muted rows and outside of ``where``."""
+        weight = self.reduce.weight(view, self._inside(view.rows).length)
+        if self.where is not None:
+            weight = weight * view.inside(self.where).to(weight.dtype)
         if self.weight != 1.0:
             weight = weight * view.signal(self.weight)
         if view.rows.muted is not None:
@@ -227,9 +235,9 @@ class Preference(Term):
     couples: ClassVar[Couples] = "group"
 
     def __post_init__(self) -> None:
-        if self.weight != 1.0 or self.reduce != TokenMean():
+        if self.weight != 1.0 or self.reduce != TokenMean() or self.where is not None:
             raise RecipeError(
-                "Preference compares whole responses: it takes no weight and no reduce; scale it by its coefficient."
+                "Preference compares whole responses: it takes no weight, reduce or where; scale it by its coefficient."
             )
 
     @property

@@ -12,7 +12,7 @@ from leibler.errors import RecipeError
 from leibler.fused import Linear, TargetRows
 from leibler.fused.coarse import OtherVocabulary
 from leibler.objective.needs import LogProb, TokenDivergence
-from leibler.objective.targets import Lift, Target
+from leibler.objective.targets import Given, Handle, Lift, Target
 from leibler.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
             raise RecipeError(
                 f"responses are sampled from {handle.name!r}, whose tokenizer is not the student's; sample from the "
                 "student, or write the responses to a file first and train on that."
+            )
+    for handle in recipe.handles():
+        if isinstance(handle, Given) and handle.name in others:
+            raise RecipeError(
+                f"{handle.name!r} is to read another view of the rows, but its tokenizer is not the student's; give a "
+                "model of the same tokenizer."
             )
     lifted: set[str] = set()
     for need in recipe.needs():
@@ -69,7 +75,7 @@ def event_states(states: Tensor, reading: Reading) -> Tensor:
 
 def target_rows(
     target: Target,
-    leaves: Mapping[str, Linear],
+    leaves: Mapping[Handle, Linear],
     alignments: Mapping[str, TextAlignment],
     readings: Mapping[str, Reading],
     states: Callable[[str, Tensor, Tensor], Tensor],
@@ -84,7 +90,7 @@ def target_rows(
         states: runs a model, by name; ``limit`` tokens at a time at most.
         limit: see there.
     """
-    rows = TargetRows(tuple(leaves[h.name] for h in target.handles), target.combine)
+    rows = TargetRows(tuple(leaves[h] for h in target.handles), target.combine)
     name = target.handles[0].name
     if name not in readings:
         return rows

@@ -23,7 +23,7 @@ from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Shaper, Signal, rollout_parts
-from leibler.objective.targets import Behaviour, Lift, Old, Policy
+from leibler.objective.targets import Behaviour, Given, Handle, Lift, Old, Policy
 from leibler.objective.terms import Term
 from leibler.policy import CausalLM
 from leibler.policy.randomness import derived_seed
@@ -114,15 +114,14 @@ class Engine:
         with torch.no_grad(), self._evaluating():
             if LogProb(Behaviour()) in plan.constants:
                 values[LogProb(Behaviour())] = view.column("behaviour_logp")
-            by_model: dict[str, list[Need]] = {}
+            by_model: dict[Handle, list[Need]] = {}
             for need in plan.constants:
                 if need.of != Behaviour():
-                    name = "policy" if need.of == Old() else need.of.name
-                    by_model.setdefault(name, []).append(need)
+                    by_model.setdefault(need.of, []).append(need)
             for output in plan.drawn_outputs:
-                by_model.setdefault("policy", []).append(output)
-            for name, needs in by_model.items():
-                values.update(self._constants(name, needs, rows))
+                by_model.setdefault(Old(), []).append(output)
+            for handle, needs in by_model.items():
+                values.update(self._constants(handle, needs, rows))
             view = view.with_values(values)
             for term in (*plan.terms, *plan.side):
                 for signal in (part for whole in term.signals() for part in rollout_parts(whole)):
@@ -149,10 +148,10 @@ class Engine:
                         step.metrics[f"divergence_per_sequence/{type(owner).__name__}"] = total / count
         return step
 
-    def _constants(self, name: str, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
-        if name in self.stored:
-            return {need: self.stored[name].logp(rows).to(self.dtype) for need in needs}
-        model = self.models[name]
+    def _constants(self, handle: Handle, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
+        if handle.name in self.stored:
+            return {need: self.stored[handle.name].logp(rows).to(self.dtype) for need in needs}
+        model = self._model(handle)
         total = rows.row.shape[0]
         out = {need: torch.zeros(total, dtype=self.dtype, device=self.device) for need in needs}
         cuts = self._cut(rows, whole_groups=False)
@@ -160,7 +159,7 @@ class Engine:
         for index in cuts:
             part = rows.select(index)
             at = _events_of(rows, index)
-            hidden = self._event_hidden(model, part)
+            hidden = self._event_hidden(model, self._seen(handle, part))
             for need in needs:
                 if isinstance(need, Output):
                     out[need][at] = self.modules[need.module](hidden).to(self.dtype)
@@ -246,8 +245,8 @@ class Engine:
 
     def _idle_targets(self, plan: StreamPlan) -> None:
         with torch.no_grad():
-            for name in self._target_models(plan):
-                self._idle_pass(self.models[name])
+            for handle in self._target_models(plan):
+                self._idle_pass(self._model(handle))
 
     def _survey(self, plan: StreamPlan, view: View, cuts: list[Tensor]) -> View:
         """All of the policy's numbers over the optimiser batch, without gradient."""
@@ -313,7 +312,7 @@ class Engine:
             value, weight = term.loss(view)
             # Outside the support the value is infinite and the gradient 0: neither may spoil the sum.
             contribution = finite(value) * weight
-            log.add(term, value, contribution)
+            log.add(term, value, weight, contribution)
             contribution = contribution * scales[id(term)]
             if view.events is None:
                 contribution = contribution.sum()
@@ -366,17 +365,17 @@ class Engine:
         self, plan: StreamPlan, rows: Rows, hidden: Tensor
     ) -> tuple[Linear, list[TargetRows | OtherVocabulary]]:
         policy = self._linear(self.models["policy"], hidden)
-        leaves: dict[str, Linear] = {"policy": policy.detached()}
+        leaves: dict[Handle, Linear] = {Policy(): policy.detached()}
         readings: dict[str, Reading] = {}
         with torch.no_grad():
-            for name in self._target_models(plan):
-                model = self.models[name]
+            for handle in self._target_models(plan):
+                model, name = self._model(handle), handle.name
                 if name in self.alignments:
                     reading = self.alignments[name].read(rows.tokens, rows.attention, rows.mask)
                     states = self._states(model, reading.tokens, reading.attention)
-                    leaves[name], readings[name] = self._linear(model, event_states(states, reading)), reading
+                    leaves[handle], readings[name] = self._linear(model, event_states(states, reading)), reading
                 else:
-                    leaves[name] = self._linear(model, self._event_hidden(model, rows))
+                    leaves[handle] = self._linear(model, self._event_hidden(model, self._seen(handle, rows)))
             targets = [
                 stored.target(rows)
                 if (stored := self.stored.get(t.handles[0].name))
@@ -385,14 +384,23 @@ class Engine:
             ]
         return policy, targets
 
-    def _target_models(self, plan: StreamPlan) -> list[str]:
-        """The models in memory, beside the policy, whose rows the targets are made of."""
-        names = dict.fromkeys(h.name for t in plan.targets for h in t.handles)
-        return [name for name in names if name != "policy" and name not in self.stored]
+    def _target_models(self, plan: StreamPlan) -> list[Handle]:
+        """The models in memory, beside the policy itself, whose rows the targets are made of."""
+        handles = dict.fromkeys(h for t in plan.targets for h in t.handles)
+        return [h for h in handles if h != Policy() and h.name not in self.stored]
+
+    def _model(self, handle: Handle) -> CausalLM:
+        return self.models["policy" if handle.name == "old" else handle.name]
+
+    def _seen(self, handle: Handle, rows: Rows) -> Rows:
+        """The layout of the events that a model reads."""
+        return rows.view(handle.view) if isinstance(handle, Given) else rows
 
     def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
         """Row indices of micro-batches: rows of like length together, groups kept whole where asked."""
         length = rows.attention.sum(dim=1)
+        for view in rows.views.values():
+            length = length.maximum(view.attention.sum(dim=1))
         if whole_groups:
             unit = rows.group_index
             order = unit.argsort(stable=True)

@@ -202,9 +202,7 @@ def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mappi
     path = folder / f"step-{step:08d}.safetensors"
     tensors: dict[str, Tensor] = {}
     for stream, rows in batch.items():
-        held = {n: getattr(rows, n) for n in TENSORS if getattr(rows, n) is not None}
-        held.update({f"columns/{n}": v for n, v in rows.columns.items()})
-        tensors.update({f"{stream}/{n}": v.detach().cpu().contiguous() for n, v in held.items()})
+        tensors.update({f"{stream}/{n}": v.detach().cpu().contiguous() for n, v in _held(rows).items()})
     durable.write(path, lambda file: file.write(save(tensors)))
     texts = {
         stream: [
@@ -218,17 +216,32 @@ def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mappi
     return path
 
 
+def _held(rows: Rows) -> dict[str, Tensor]:
+    held = {n: getattr(rows, n) for n in TENSORS if getattr(rows, n) is not None}
+    held.update({f"columns/{n}": v for n, v in rows.columns.items()})
+    for name, view in rows.views.items():
+        held.update({f"views/{name}/{n}": v for n, v in _held(view).items()})
+    return held
+
+
 def read_batch(path: str | Path) -> dict[str, Rows]:
     """The streams of a batch that a guard wrote aside, as the step saw them (without their records)."""
     path = Path(path)
     if not path.exists():
         raise RunError(f"{path} does not exist; give a file that a guard wrote, RUN/guards/step-N.safetensors.")
-    streams: dict[str, dict[str, Any]] = {}
+    streams: dict[str, dict[str, Tensor]] = {}
     for name, tensor in load_file(str(path)).items():
         stream, _, part = name.partition("/")
-        rows = streams.setdefault(stream, {"columns": {}})
-        if part.startswith("columns/"):
-            rows["columns"][part.removeprefix("columns/")] = tensor
-        else:
-            rows[part] = tensor
-    return {stream: Rows(**parts) for stream, parts in sorted(streams.items())}
+        streams.setdefault(stream, {})[part] = tensor
+    return {stream: _rows(held) for stream, held in sorted(streams.items())}
+
+
+def _rows(held: Mapping[str, Tensor]) -> Rows:
+    plain = {name: value for name, value in held.items() if "/" not in name}
+    columns = {name.removeprefix("columns/"): v for name, v in held.items() if name.startswith("columns/")}
+    views: dict[str, dict[str, Tensor]] = {}
+    for name, value in held.items():
+        if name.startswith("views/"):
+            _, view, part = name.split("/", 2)
+            views.setdefault(view, {})[part] = value
+    return Rows(**plain, columns=columns, views={name: _rows(of) for name, of in views.items()})  # type: ignore[arg-type]

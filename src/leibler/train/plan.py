@@ -11,7 +11,7 @@ from leibler.estimate import exactness
 from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
-from leibler.objective.targets import Arithmetic, Geometric, Handle, LogLinear, Old, Policy, Target
+from leibler.objective.targets import Arithmetic, Geometric, Given, Handle, LogLinear, Old, Policy, Target
 from leibler.objective.terms import Match, Term
 from leibler.train.recipe import Recipe
 from leibler.train.sources import Mixture, Staged
@@ -114,7 +114,7 @@ def describe(recipe: Recipe) -> str:
         plan = make_plan(recipe, stream)
         if not (plan.terms or plan.side):
             continue
-        read = dict.fromkeys(h.name for t in plan.targets for h in t.handles)
+        read = dict.fromkeys(h for t in plan.targets for h in t.handles)
         lines.append(f"  {stream}: {plan.kind}" + (", after a survey of the optimiser batch" if plan.survey else ""))
         lines.append(f"    per token: {', '.join(_need(n) for n in plan.wants)}")
         if plan.constants:
@@ -171,7 +171,7 @@ def _many(count: int, what: str) -> str:
 
 def _need(need: Need) -> str:
     if isinstance(need, LogProb):
-        return f"log-prob under {need.of.name}"
+        return f"log-prob under {_short(need.of)}"
     if isinstance(need, TokenEntropy):
         return "entropy"
     assert isinstance(need, TokenDivergence)
@@ -181,7 +181,7 @@ def _need(need: Need) -> str:
 def _short(value: Any) -> str:
     """A dataclass without the fields that stand at their defaults."""
     if isinstance(value, Handle):
-        return value.name
+        return f"{value.name} given {value.view}" if isinstance(value, Given) else value.name
     if isinstance(value, dict) or hasattr(value, "items"):
         return "{" + ", ".join(f"{_short(k)}: {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):

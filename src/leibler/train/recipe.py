@@ -11,7 +11,7 @@ from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
 from leibler.objective.objective import Objective, walk
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Importance, Signal
-from leibler.objective.targets import Behaviour, Handle, Old, Policy
+from leibler.objective.targets import Behaviour, Given, Handle, Old, Policy
 from leibler.objective.terms import Match, PolicyGradient, Term
 from leibler.train.models import Frozen, ModelRule, Trained
 from leibler.train.sources import Origin, Source
@@ -173,7 +173,12 @@ class Recipe:
         return rules
 
     def _check_modules(self) -> None:
+        for handle in self.source.handles():
+            if isinstance(handle, Given):
+                raise RecipeError(f"responses cannot be sampled from {handle.name!r} given a view; name the model.")
         for need in self.needs():
+            if isinstance(need, LogProb) and isinstance(need.of, Given) and need.of.name == "policy":
+                raise RecipeError("a log-prob of the policy given a view is taken once per draw: name it Given(Old()).")
             if isinstance(need, Output) and not isinstance(self.models.get(need.module), Trained):
                 raise RecipeError(
                     f"the objective reads the output of {need.module!r}, which no model rule trains; "

@@ -109,10 +109,12 @@ def _pack(rows: Rows) -> State:
     """Rows as tensors and JSON values, as they stand in a checkpoint; what a record carries beside is left out."""
     records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
     tensors = {name: getattr(rows, name) for name in TENSORS}
-    return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts)}
+    views = {name: _pack(view) for name, view in rows.views.items()}
+    return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
 
 
 def _unpack(packed: State) -> Rows:
     from leibler.data import Record
 
-    return Rows(**{**packed, "records": [Record(**r) for r in packed["records"]]})
+    views = {name: _unpack(view) for name, view in packed["views"].items()}
+    return Rows(**{**packed, "records": [Record(**r) for r in packed["records"]], "views": views})

@@ -9,7 +9,7 @@ from leibler.cache import PREFIX, TeacherCache
 from leibler.errors import RecipeError
 from leibler.objective.needs import LogProb, Need, TokenDivergence
 from leibler.objective.objective import walk
-from leibler.objective.targets import Handle
+from leibler.objective.targets import Given, Handle
 from leibler.objective.terms import Term
 from leibler.train.models import ModelRule, Trained
 
@@ -75,6 +75,8 @@ def check(
             if not names:
                 continue
             name = min(names)
+            if isinstance(need, LogProb) and isinstance(need.of, Given):
+                raise RecipeError(f"a teacher cache knows {name!r} after the texts' own prompts only; {_LIVE}")
             if isinstance(need, TokenDivergence) and need.to != Handle(name):
                 raise RecipeError(
                     f"{term.name} compares with an expression over {name!r} ({type(need.to).__name__}), which the "

@@ -54,10 +54,11 @@ class Tally:
         value = value.detach().double()
         self.sums[key] = self.sums[key] + value if key in self.sums else value
 
-    def add(self, term: Term, value: Tensor, contribution: Tensor) -> None:
+    def add(self, term: Term, value: Tensor, weight: Tensor, contribution: Tensor) -> None:
         name = self.names[id(term)]
         self.put(f"loss/{name}", contribution.sum())
-        self.put(f"support_violations/{name}", value.isinf().sum())
+        violated = value.isinf() if term.where is None else value.isinf() & (weight != 0)
+        self.put(f"support_violations/{name}", violated.sum())
 
     def values(self, plan: StreamPlan, view: View) -> None:
         """Measures of whole micro-batches."""
@@ -67,6 +68,7 @@ class Tally:
         for term in plan.terms:
             for key, value in term.measures(view).items():
                 name = self.names[id(term)]
+                value = value if term.where is None else value[view.inside(term.where)]
                 self.put(f"{key}/{name}", finite(value).sum())
                 self.put(f"events/{name}", torch.tensor(float(value.shape[0])))
                 self.put(f"sequences/{name}", torch.tensor(float(len(view.rows))))
