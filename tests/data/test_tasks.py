@@ -216,6 +216,17 @@ def test_brackets_respect_their_knobs():
         assert len(record.prompt) <= 13
 
 
+def test_detours_make_the_demonstrations_of_a_prompt_differ_and_change_no_prompt():
+    plain, task = Brackets(length=2), Brackets(length=2, detours=2)
+    shortest, found = plain.sample(300), task.sample(300)
+    assert [r.prompt for r in found] == [r.prompt for r in shortest]
+    assert all(task.check(r, r.completion or "") == 1.0 for r in found)
+    extra = {len(a.completion or "") - len(b.completion or "") for a, b in zip(found, shortest, strict=True)}
+    assert extra == {0, 2, 4}
+    answers = {r.completion for r in found if r.prompt == "("}
+    assert {")", ")()", ")[]", "())", "[])"} < answers
+
+
 def test_a_record_of_another_task_is_refused():
     for task, prompt in product(
         [task() for task in TASKS.values()], ["37+45=", "3,5,7=26:", "([", "hello", "", "1+2+3=", "a+b="]

@@ -291,22 +291,28 @@ class Brackets(Task):
         depth: the deepest nesting in a prompt; the difficulty.
         length: the longest prompt.
         kinds: how many kinds of brackets, in the order ``() [] {} <>``.
+        detours: how many pairs a demonstration opens and closes again, at most, before it is done; with some of them
+            the demonstrations of one prompt differ, as people's do, and a policy that imitates them all is not sure.
 
     Examples:
         >>> task = Brackets()
         >>> [task.check(Record("([]"), text) for text in (")", "[])", "", "]", ")(")]
         [1.0, 1.0, 0.0, 0.0, 0.0]
+        >>> [record.completion for record in Brackets(length=1, kinds=1, detours=1).sample(4)]
+        [')', ')', '())', '())']
     """
 
     name: ClassVar[str] = "brackets"
     depth: int = 4
     length: int = 10
     kinds: int = 2
+    detours: int = 0
 
     def __post_init__(self) -> None:
         self._require("depth", 1, 64)
         self._require("length", 1, 200)
         self._require("kinds", 1, len(_PAIRS))
+        self._require("detours", 0, 64)
 
     @property
     def alphabet(self) -> str:
@@ -323,7 +329,11 @@ class Brackets(Task):
                 text += _PAIRS[open_kinds[-1]][0]
             else:
                 text += _PAIRS[open_kinds.pop()][1]
-        return text, "".join(_PAIRS[kind][1] for kind in reversed(open_kinds))
+        answer = "".join(_PAIRS[kind][1] for kind in reversed(open_kinds))
+        for _ in range(draw.randint(0, self.detours) if self.detours else 0):
+            at = draw.randint(0, len(answer))
+            answer = answer[:at] + _PAIRS[draw.randrange(self.kinds)] + answer[at:]
+        return text, answer
 
     def correct(self, prompt: str, answer: str) -> bool:
         if self._waiting(prompt) is None:
