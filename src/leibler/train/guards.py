@@ -202,7 +202,7 @@ def write_batch(folder: Path, step: int, batch: Mapping[str, Rows], about: Mappi
     path = folder / f"step-{step:08d}.safetensors"
     tensors: dict[str, Tensor] = {}
     for stream, rows in batch.items():
-        tensors.update({f"{stream}/{n}": v.detach().cpu().contiguous() for n, v in _held(rows).items()})
+        tensors.update({f"{stream}/{n}": v.detach().cpu().clone() for n, v in _held(rows).items()})
     durable.write(path, lambda file: file.write(save(tensors)))
     texts = {
         stream: [
