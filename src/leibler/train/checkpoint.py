@@ -125,7 +125,7 @@ def load(path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Op
 def _without_tensors(value: Any, held: dict[str, torch.Tensor], name: str) -> Any:
     """The value with each tensor replaced by its name; the tensors are put into ``held``."""
     if isinstance(value, torch.Tensor):
-        held[name] = value.detach().cpu().contiguous()
+        held[name] = value.detach().cpu().clone()  # two names of one tensor cannot be written
         return TENSOR + name
     if isinstance(value, Mapping):
         if not all(isinstance(k, str) for k in value):

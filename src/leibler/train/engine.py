@@ -29,8 +29,10 @@ from leibler.policy import CausalLM
 from leibler.policy.randomness import derived_seed
 from leibler.policy.vocabulary import Reading, TextAlignment
 from leibler.train.aligned import event_states, target_rows
+from leibler.train.minibatches import micro_batches
 from leibler.train.plan import StreamPlan, make_plan
 from leibler.train.recipe import Recipe
+from leibler.train.stored import written
 from leibler.train.tally import Step, Tally, finite, metric_names
 
 
@@ -154,7 +156,7 @@ class Engine:
         model = self._model(handle)
         total = rows.row.shape[0]
         out = {need: torch.zeros(total, dtype=self.dtype, device=self.device) for need in needs}
-        cuts = self._cut(rows, whole_groups=False)
+        cuts = self._cut(rows)
         idle = self._fewer(cuts)
         for index in cuts:
             part = rows.select(index)
@@ -197,7 +199,7 @@ class Engine:
             and self.most(max(map(len, cuts), default=0)) > self.micro_rows
         )
         if replay:
-            cuts = self._cut(view.rows, whole_groups=False)
+            cuts = self._cut(view.rows)
         surveyed = self._survey(plan, view, cuts) if plan.survey or replay else None
         scales = self._scales(plan, view, surveyed, counts, step)
         cotangents = self._cotangents(plan, surveyed, scales, log) if replay and surveyed is not None else None
@@ -346,12 +348,13 @@ class Engine:
 
     def _event_hidden(self, model: nn.Module, rows: Rows) -> Tensor:
         """``[events, hidden]``: the hidden state that predicts each event, of any model in the same arithmetic."""
-        return self._states(model, rows.tokens, rows.attention)[:, :-1][rows.mask]
+        soft = () if rows.soft is None else (rows.soft,)
+        return self._states(model, rows.tokens, rows.attention, *soft)[:, :-1][rows.mask]
 
-    def _states(self, model: nn.Module, tokens: Tensor, attention: Tensor) -> Tensor:
-        """``[batch length hidden]``, in the dtype of the model's head."""
+    def _states(self, model: nn.Module, *read: Any) -> Tensor:
+        """``[batch length hidden]``, in the dtype of the model's head; ``read``: tokens, attention, soft tokens."""
         with self.autocast():
-            hidden = model(tokens, attention)
+            hidden = model(*read)
         unwrapped = model if isinstance(model, CausalLM) else self.models["policy"]
         return hidden.to(unwrapped.head()[0].dtype)
 
@@ -371,15 +374,14 @@ class Engine:
             for handle in self._target_models(plan):
                 model, name = self._model(handle), handle.name
                 if name in self.alignments:
-                    reading = self.alignments[name].read(rows.tokens, rows.attention, rows.mask)
+                    reading = self.alignments[name].read(rows.hard, rows.attention, rows.mask)
                     states = self._states(model, reading.tokens, reading.attention)
                     leaves[handle], readings[name] = self._linear(model, event_states(states, reading)), reading
                 else:
                     leaves[handle] = self._linear(model, self._event_hidden(model, self._seen(handle, rows)))
             targets = [
-                stored.target(rows)
-                if (stored := self.stored.get(t.handles[0].name))
-                else target_rows(t, leaves, self.alignments, readings, self._states_of, self.micro_tokens)
+                written(t, self.stored, rows, self.temperature)
+                or target_rows(t, leaves, self.alignments, readings, self._states_of, self.micro_tokens)
                 for t in plan.targets
             ]
         return policy, targets
@@ -396,31 +398,8 @@ class Engine:
         """The layout of the events that a model reads."""
         return rows.view(handle.view) if isinstance(handle, Given) else rows
 
-    def _cut(self, rows: Rows, *, whole_groups: bool) -> list[Tensor]:
-        """Row indices of micro-batches: rows of like length together, groups kept whole where asked."""
-        length = rows.attention.sum(dim=1)
-        for view in rows.views.values():
-            length = length.maximum(view.attention.sum(dim=1))
-        if whole_groups:
-            unit = rows.group_index
-            order = unit.argsort(stable=True)
-            # A group is as long as its longest row, and as many rows.
-            longest = torch.zeros(rows.groups, dtype=length.dtype, device=length.device)
-            lengths = longest.scatter_reduce(0, unit, length, "amax").tolist()
-            sizes = unit.bincount(minlength=rows.groups).tolist()
-        else:
-            order = length.argsort(stable=True)
-            lengths, sizes = length[order].tolist(), [1] * len(rows)
-        ends: list[int] = []
-        count = widest = at = 0
-        for size, long in zip(sizes, lengths, strict=True):
-            many, wide = count + size, max(widest, long)
-            too_many = many > self.micro_rows if self.micro_rows else many * wide > self.micro_tokens
-            if count and too_many:
-                ends.append(at)
-                many, wide = size, long
-            count, widest, at = many, wide, at + size
-        return list(order.tensor_split(ends)) if at else []
+    def _cut(self, rows: Rows, *, whole_groups: bool = False) -> list[Tensor]:
+        return micro_batches(rows, self.micro_rows, self.micro_tokens, whole_groups=whole_groups)
 
     def _counts(self, views: Mapping[str, View]) -> dict[int, float]:
         """Each term's denominator over the optimiser batch of all processes."""

@@ -54,3 +54,37 @@ class Minibatches:
     def _numbers(self, rows: Rows) -> Tensor:
         """The number of each row's group among those of all processes."""
         return rows.group * self.world + self.rank
+
+
+def micro_batches(rows: Rows, most: int | None, tokens: int, *, whole_groups: bool = False) -> list[Tensor]:
+    """Row indices of micro-batches: rows of like length together, groups kept whole where asked.
+
+    Args:
+        rows: an optimiser batch.
+        most: rows in each; None: as many as make at most ``tokens`` places, padding included.
+        tokens: see there.
+        whole_groups: rows of one group stay together.
+    """
+    length = rows.attention.sum(dim=1)
+    for view in rows.views.values():
+        length = length.maximum(view.attention.sum(dim=1))
+    if whole_groups:
+        unit = rows.group_index
+        order = unit.argsort(stable=True)
+        # A group is as long as its longest row, and as many rows.
+        longest = torch.zeros(rows.groups, dtype=length.dtype, device=length.device)
+        lengths = longest.scatter_reduce(0, unit, length, "amax").tolist()
+        sizes = unit.bincount(minlength=rows.groups).tolist()
+    else:
+        order = length.argsort(stable=True)
+        lengths, sizes = length[order].tolist(), [1] * len(rows)
+    ends: list[int] = []
+    count = widest = at = 0
+    for size, long in zip(sizes, lengths, strict=True):
+        many, wide = count + size, max(widest, long)
+        too_many = many > most if most else many * wide > tokens
+        if count and too_many:
+            ends.append(at)
+            many, wide = size, long
+        count, widest, at = many, wide, at + size
+    return list(order.tensor_split(ends)) if at else []
