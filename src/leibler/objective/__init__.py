@@ -34,6 +34,7 @@ from leibler.objective.signals import (
     Validation,
     Whitened,
 )
+from leibler.objective.soft import Soft, SoftTokens
 from leibler.objective.surrogates import Clip, Ratio
 from leibler.objective.targets import (
     Arithmetic,
@@ -115,6 +116,8 @@ __all__ = [
     "SequenceMean",
     "Shaper",
     "Signal",
+    "Soft",
+    "SoftTokens",
     "Squared",
     "SquaredError",
     "StepEnd",

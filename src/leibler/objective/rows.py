@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leibler.errors import RecipeError
+from leibler.objective.soft import SoftTokens, joined
 
 if TYPE_CHECKING:
     from leibler.objective.needs import Need
@@ -47,6 +48,7 @@ class Rows:
         texts: the decoded response of each row.
         labels: ``[batch time]`` what each position predicts, where that is not the next token of ``tokens``; or None.
         views: the same events in other layouts of tokens (after another prompt), by name; see `with_view`.
+        soft: laws over the vocabulary that models read in place of some of the tokens, or None.
     """
 
     tokens: Int[Tensor, "batch length"]
@@ -60,6 +62,7 @@ class Rows:
     texts: Sequence[str] = ()
     labels: Int[Tensor, "batch time"] | None = None
     views: Mapping[str, Rows] = field(default_factory=dict)
+    soft: SoftTokens | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -73,6 +76,13 @@ class Rows:
     def label(self) -> Int[Tensor, " events"]:
         """The token that each event predicts."""
         return (self.tokens[:, 1:] if self.labels is None else self.labels)[self.mask]
+
+    @property
+    def hard(self) -> Int[Tensor, "batch length"]:
+        """The tokens, for a reader of text; raises `RecipeError` where some of them are soft."""
+        if self.soft is not None:
+            raise RecipeError("the rows hold soft tokens, which only a model of the student's tokenizer can read.")
+        return self.tokens
 
     @cached_property
     def length(self) -> Int[Tensor, " batch"]:
@@ -147,6 +157,7 @@ class Rows:
             [self.texts[i] for i in picks] if self.texts else (),
             None if self.labels is None else self.labels[index, :time],
             {name: view.select(index) for name, view in self.views.items()},
+            None if self.soft is None else self.soft.select(index, length),
         )
 
     def to(self, device: torch.device | str) -> Rows:
@@ -162,6 +173,7 @@ class Rows:
             self.texts,
             None if self.labels is None else self.labels.to(device),
             {name: view.to(device) for name, view in self.views.items()},
+            None if self.soft is None else self.soft.to(device),
         )
 
 
@@ -195,6 +207,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
         [t for p in parts for t in p.texts],
         torch.cat([pad(x, length - 1) for x in labels]) if any(p.labels is not None for p in parts) else None,
         {name: concatenate([p.views[name] for p in parts]) for name in sorted(views)},
+        joined([(p.soft, p.tokens) for p in parts], length),
     )
 
 

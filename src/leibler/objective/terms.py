@@ -21,6 +21,7 @@ from leibler.objective.preference import Contrast, Link, Logistic, Pairs, Score
 from leibler.objective.reduce import Reduction, TokenMean
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import LogRatio, SequenceCredit, Signal
+from leibler.objective.soft import Soft
 from leibler.objective.surrogates import Clip, Surrogate
 from leibler.objective.targets import Old, Policy, Target
 
@@ -135,7 +136,7 @@ class Match(Term):
 
     @property
     def name(self) -> str:
-        of = "+".join(dict.fromkeys(h.name for h in self.to.handles))
+        of = self.to.name if isinstance(self.to, Soft) else "+".join(dict.fromkeys(h.name for h in self.to.handles))
         return f"{type(self.divergence).__name__}({of})"
 
     @property

@@ -1,20 +1,25 @@
-"""Models of a run that are only known by what a teacher cache holds of them."""
+"""Laws that were written down: of models that are only known by a teacher cache, and of the rows' own soft tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from leibler.cache import PREFIX, TeacherCache
 from leibler.errors import RecipeError
+from leibler.fused import Coarse, TopK
 from leibler.objective.needs import LogProb, Need, TokenDivergence
 from leibler.objective.objective import walk
-from leibler.objective.targets import Given, Handle
+from leibler.objective.soft import Soft
+from leibler.objective.targets import Given, Handle, Target
 from leibler.objective.terms import Term
 from leibler.train.models import ModelRule, Trained
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
+    from leibler.objective.rows import Rows
     from leibler.policy import CausalLM
     from leibler.train.recipe import Recipe
 
@@ -37,6 +42,18 @@ def stored_models(rules: Mapping[str, ModelRule], given: Mapping[str, Any]) -> d
         if isinstance(source, TeacherCache) and not isinstance(rule, Trained):
             found[name] = source
     return found
+
+
+def written(target: Target, stored: Mapping[str, TeacherCache], rows: Rows, temperature: float = 1.0) -> Coarse | None:
+    """The laws of a target at the events of a batch, where they were written down; None for any other target.
+
+    Soft tokens are laws of k entries and nothing beyond, at whatever temperature the run takes its laws.
+    """
+    if isinstance(target, Soft):
+        law = target.law(rows)
+        return Coarse(law.index, TopK(law.logp, law.logp.new_full(law.logp.shape[:1], -torch.inf), temperature))
+    cache = stored.get(target.handles[0].name)
+    return None if cache is None else cache.target(rows)
 
 
 def check(
