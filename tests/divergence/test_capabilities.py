@@ -198,7 +198,7 @@ def test_divergences_are_values() -> None:
 
 
 def test_names() -> None:
-    assert len(set(names())) == len(names()) == 15
+    assert len(set(names())) == len(names()) == 16
     for name in names():
         assert isinstance(get(name), Divergence)
     assert get("jensen_shannon", beta=0.1) == JensenShannon(0.1)

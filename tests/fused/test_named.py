@@ -39,6 +39,13 @@ def adaptive(p: Tensor, q: Tensor) -> Tensor:
     return w * kl(q, p) + (1 - w) * kl(p, q)
 
 
+def band(p: Tensor, q: Tensor) -> Tensor:
+    least = q.sort(-1).values[:, int(0.4 * (q.shape[-1] - 1))]
+    outside = q < least[:, None]
+    assert (q.exp() * ~outside).sum(-1).min() > 0.5
+    return kl(*(x.masked_fill(outside, -1e9).log_softmax(-1) for x in (q, p)))
+
+
 FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
     "forward_kl": ({}, lambda p, q: kl(q, p)),
     "reverse_kl": ({}, kl),
@@ -58,6 +65,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] =
         lambda p, q: -2 * (p + q).exp().sum(-1).log() + (2 * p).exp().sum(-1).log() + (2 * q).exp().sum(-1).log(),
     ),
     "adaptive_kl": ({"head_mass": 0.5}, adaptive),
+    "band_kl": ({"lower": 0.4, "upper": 1.0, "least_mass": 0.5}, band),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-2}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from leibler.divergence.adaptive import AdaptiveKL
 from leibler.divergence.argmax import ArgmaxMargin
+from leibler.divergence.band import BandKL
 from leibler.divergence.base import Divergence
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptiveKL",
     "Alpha",
     "ArgmaxMargin",
+    "BandKL",
     "CauchySchwarz",
     "ChiSquared",
     "Divergence",

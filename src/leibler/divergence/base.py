@@ -53,7 +53,7 @@ class Divergence:
         """Values of a block of rows, and what ``add_gradient`` wants to see again."""
         if target is None:
             raise RecipeError(f"{type(self).__name__} compares two rows: give it a target.")
-        values, saved = self._value(model, target)
+        values, saved = self._at(model, target, token)
         infinite = values >= self.ceiling
         if bool(infinite.any()):
             return values.masked_fill(infinite, torch.inf), (infinite, saved)
@@ -74,6 +74,12 @@ class Divergence:
         if infinite is not None:
             coefficient = coefficient.masked_fill(infinite, 0.0)
         self._add_gradient(grad, coefficient.unsqueeze(-1), model, target, inner)
+
+    def _at(
+        self, model: Row, target: Row, token: Int[Tensor, " rows"] | None
+    ) -> tuple[Float[Tensor, " rows"], Any]:
+        """``_value``, for those to which the label matters."""
+        return self._value(model, target)
 
     def _value(self, model: Row, target: Row) -> tuple[Float[Tensor, " rows"], Any]:
         raise NotImplementedError(f"{type(self).__name__} must implement _value")

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from leibler.divergence.adaptive import AdaptiveKL
+from leibler.divergence.band import BandKL
 from leibler.divergence.base import Divergence
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
@@ -31,6 +32,7 @@ _CLASSES: dict[str, type[Divergence]] = {
     "total_variation": TotalVariation,
     "cauchy_schwarz": CauchySchwarz,
     "adaptive_kl": AdaptiveKL,
+    "band_kl": BandKL,
 }
 
 
@@ -66,7 +68,10 @@ def get(name: str, **params: Any) -> Divergence:
     if unknown:
         takes = f"it takes {', '.join(known)}" if known else "it takes no parameters"
         raise RecipeError(f"The divergence {key!r} has no parameter {', '.join(map(repr, unknown))}: {takes}.")
+    words = {field.name for field in fields(_CLASSES[key]) if isinstance(field.default, str)}
     for field, value in params.items():
+        if field in words:
+            continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"The parameter {field} of {key!r} is {value!r}: give a number.")
     return _CLASSES[key](**params)
