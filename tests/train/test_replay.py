@@ -13,7 +13,7 @@ from leibler.errors import RecipeError
 from leibler.objective import Behaviour, Clip, GroupNormalised, Objective, PolicyGradient, Reward, Rows
 from leibler.objective.rows import concatenate
 from leibler.train import Data, Mixture, OnPolicy, Recipe, Replay, Source
-from leibler.train.replay import _interleaved
+from leibler.train.buffer import interleaved
 from leibler.train.sources import Origin
 from objective.made import rows as made_rows
 
@@ -137,6 +137,6 @@ def test_shares_are_put_together_as_one_process_would_have_drawn_them_even_where
         rows = made_rows([2] * len(groups), groups)
         return replace(rows, records=[Record(str(n)) for n in names], texts=[str(n) for n in names])
 
-    both = _interleaved([share([0, 2], [0, 4]), share([1], [3])])
+    both = interleaved([share([0, 2], [0, 4]), share([1], [3])])
     assert [r.prompt for r in both.records] == ["0", "3", "4"]
     assert both.group_index.tolist() == [0, 1, 2]

@@ -27,7 +27,7 @@ from leibler.objective import (
 )
 from leibler.train import Data, OnPolicy, Recipe
 from leibler.train.guards import read_batch, write_batch
-from leibler.train.replay import _pack, _unpack
+from leibler.train.buffer import pack, unpack
 from train.conformance import TEMPERATURE, Prepared, distance, gradient, ready
 
 
@@ -145,7 +145,7 @@ def test_rows_keep_views_and_labels_through_cuts_and_files(tmp_path):
     first, second = rows.select(torch.tensor([0, 1, 2])), rows.select(torch.tensor([3, 4, 5]))
     for again in (
         concatenate([first, second]),
-        _unpack(_pack(rows)),
+        unpack(pack(rows)),
         read_batch(write_batch(tmp_path, 1, {"main": rows}, {}))["main"],
     ):
         assert torch.equal(again.label, rows.label)

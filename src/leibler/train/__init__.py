@@ -9,7 +9,8 @@ from leibler.train.models import EMA, Frozen, ModelRule, Snapshot, Trained, Valu
 from leibler.train.options import Options
 from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
-from leibler.train.replay import Replay
+from leibler.train.repair import Repair
+from leibler.train.replay import Fixed, Replay
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, MuteEqual, Score, WinRate
 
@@ -21,6 +22,7 @@ __all__ = [
     "BestAndWorst",
     "Context",
     "Data",
+    "Fixed",
     "Frozen",
     "Mixture",
     "ModelRule",

@@ -295,6 +295,7 @@ class _Trainer:
             max_length=setup.max_length(self.models["policy"]),
             temperature=self.options.temperature,
             failed=self.guarding.failed,
+            say=self._say,
             rank=self.processes.rank,
             world=self.processes.world,
             gather=self.processes.gather,

@@ -1,17 +1,20 @@
-"""A source that learns from earlier draws too."""
+"""Sources that learn from earlier draws too."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from leibler.errors import RecipeError
-from leibler.objective.rows import TENSORS, Rows, concatenate
+from leibler.errors import RecipeError, RunError
+from leibler.objective.rows import Rows, concatenate
 from leibler.objective.signals import Validation
 from leibler.objective.targets import Behaviour, Handle
 from leibler.policy.randomness import generator
+from leibler.train.buffer import groups, interleaved, newest, pack, unpack
 from leibler.train.sources import Context, Origin, Source, State
 
 
@@ -66,55 +69,122 @@ class Replay(Source):
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
         drawn, inner = self.source.draw(context, state["source"])
         ((name, fresh),) = drawn.items()
-        buffer = [] if state["buffer"] is None else [_unpack(state["buffer"])]
+        buffer = [] if state["buffer"] is None else [unpack(state["buffer"])]
         # Every process keeps the rows of all: a checkpoint then does not show how many processes there were.
         every = [part for part in context.gather(fresh) if len(part)]
         if every:
-            buffer.append(_interleaved(every))
+            buffer.append(interleaved(every))
         if not buffer:
             return drawn, {**state, "source": inner}
-        held = _newest(concatenate(buffer), self.capacity)
+        held = newest(concatenate(buffer), self.capacity)
         wanted = min(sum(part.groups for part in every), held.groups)
         picks = torch.randperm(held.groups, generator=generator(context.seed, "replay", context.draw))[:wanted]
         mine = picks[context.rank :: context.world]
-        return {name: _groups(held, mine)}, {"source": inner, "buffer": _pack(held)}
+        return {name: groups(held, mine)}, {"source": inner, "buffer": pack(held)}
 
 
-def _interleaved(parts: list[Rows]) -> Rows:
-    """The shares of all processes, in the order in which one process would have drawn the groups."""
-    if len(parts) == 1:
-        return parts[0]
-    together = concatenate(parts)
-    # By their numbers when they were drawn: a stage may have dropped groups in one process and not in another.
-    drawn = [(n, rank, i) for rank, part in enumerate(parts) for i, n in enumerate(part.group.unique().tolist())]
-    first = [sum(p.groups for p in parts[:rank]) for rank in range(len(parts))]
-    return concatenate([_groups(together, torch.tensor([first[rank] + i])) for _, rank, i in sorted(drawn)])
+@dataclass(frozen=True)
+class Fixed(Source):
+    """What a source draws before the first step, and nothing else, for the whole run.
 
+    The set is drawn once, by the models as they stand then, and scored once; it is passed over in an order of its own
+    in each epoch, always by whole groups, so that what is relative to a group stays what it was. It lives in the
+    checkpoint. The law of its rows is that of the initial policy, so the terms on it weigh by what the sampler
+    reported: ``Clip(anchor=Behaviour())``, ``Importance``.
 
-def _newest(rows: Rows, capacity: int) -> Rows:
-    """The last whole groups that make at most ``capacity`` rows, and at least one."""
-    sizes = torch.bincount(rows.group_index)
-    fits = int((sizes.flip(0).cumsum(0) <= capacity).sum())
-    return _groups(rows, torch.arange(rows.groups - max(fits, 1), rows.groups))
+    Attributes:
+        source: what is drawn; one stream. Stages that score belong in here, so that nothing is scored twice.
+        rows: rows in the set, up to a whole group; None: as many as the run's steps pass ``epochs`` times (of an
+            optimiser batch each), and each prompt once at most.
+        epochs: see there.
 
+    Examples:
+        >>> from leibler.train import Answer, Fixed, OnPolicy, Score
+        >>> source = Fixed(OnPolicy(group_size=16) >> Score(Answer()), rows=16_000)
+        >>> source.streams()["main"].law
+        Handle(name='behaviour')
+    """
 
-def _groups(rows: Rows, chosen: torch.Tensor) -> Rows:
-    """Some whole groups, numbered anew in the order of ``chosen``."""
-    number = torch.full((rows.groups,), -1).index_put((chosen,), torch.arange(len(chosen)))[rows.group_index]
-    picked = rows.select((number >= 0).nonzero()[:, 0])
-    return replace(picked, group=number[number >= 0])
+    source: Source
+    rows: int | None = None
+    epochs: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}={value} of Fixed must be at least 1.")
+        if len(self.source.streams()) != 1:
+            raise RecipeError("Fixed holds the rows of one stream; put it inside the Mixture, around each stream.")
 
-def _pack(rows: Rows) -> State:
-    """Rows as tensors and JSON values, as they stand in a checkpoint; what a record carries beside is left out."""
-    records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
-    tensors = {name: getattr(rows, name) for name in TENSORS}
-    views = {name: _pack(view) for name, view in rows.views.items()}
-    return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
+    def streams(self) -> Mapping[str, Origin]:
+        ((name, origin),) = self.source.streams().items()
+        return {name: Origin(None if origin.law is None else Behaviour())}
 
+    def handles(self) -> tuple[Handle, ...]:
+        return self.source.handles()
 
-def _unpack(packed: State) -> Rows:
-    from leibler.data import Record
+    def datasets(self) -> Mapping[str, str]:
+        return self.source.datasets()
 
-    views = {name: _unpack(view) for name, view in packed["views"].items()}
-    return Rows(**{**packed, "records": [Record(**r) for r in packed["records"]], "views": views})
+    @property
+    def needs_validation(self) -> bool:
+        return self.source.needs_validation
+
+    def init(self) -> State:
+        return {"source": self.source.init(), "set": None, "position": 0}
+
+    def observe(self, state: State, event: Validation) -> State:
+        return {**state, "source": self.source.observe(state["source"], event)}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        (name,) = self.streams()
+        if state["set"] is None:
+            state = self._filled(context, state)
+        held, position = state["set"], state["position"]
+        group = held["group"]
+        count = int(group.max()) + 1
+        wanted = max(min(context.rows * count // len(group), count), 1)
+        parts = []
+        for epoch in range(position // count, (position + wanted - 1) // count + 1):
+            order = torch.randperm(count, generator=generator(context.seed, "fixed", epoch))
+            first = max(position - epoch * count, 0)
+            chosen = order[first : position + wanted - epoch * count]
+            # This process's share is counted over the whole draw, on whichever side of the epoch's end a group lies.
+            skipped = epoch * count + first - position
+            mine = chosen[(context.rank - skipped) % context.world :: context.world]
+            parts.append(unpack(held, torch.isin(group, mine).nonzero()[:, 0]))
+        rows = parts[0] if len(parts) == 1 else concatenate(parts)
+        return {name: rows}, {**state, "position": position + wanted}
+
+    def _filled(self, context: Context, state: State) -> State:
+        """With the set, the same on every process."""
+        inner, parts, have, total = state["source"], [], 0, self._wanted(context)
+        started = said = time.monotonic()
+        while have < total:
+            asked = min(context.rows, total - have)
+            # Numbered by itself: where in the run the set is drawn changes nothing in it.
+            drawn, inner = self.source.draw(replace(context, draw=len(parts), rows=asked), inner)
+            ((_, fresh),) = drawn.items()
+            every = [part for part in context.gather(fresh) if len(part)]
+            parts.append(interleaved(every) if every else None)
+            # A draw of which nothing is left counts as it was asked for: stages may leave nothing of all.
+            have += len(parts[-1]) if parts[-1] is not None else asked
+            if self.rows is None and parts[-1] is not None:
+                total = min(total, self._prompts(context) * math.ceil(len(parts[-1]) / parts[-1].groups))
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                left = (said - started) * (total - have) / have
+                context.say(f"before the first step: {have:,} of {total:,} responses, {left:,.0f} seconds left")
+        kept = [part for part in parts if part is not None]
+        if not kept:
+            raise RunError(
+                "nothing is left of what was drawn before the first step; look at what the stages keep."
+            )
+        return {"source": inner, "set": pack(concatenate(kept)), "position": 0}
+
+    def _wanted(self, context: Context) -> int:
+        return math.ceil(context.steps * context.rows / self.epochs) if self.rows is None else self.rows
+
+    def _prompts(self, context: Context) -> int:
+        return max(len(context.dataset(name)) for name in self.datasets()) if self.datasets() else 1 << 62

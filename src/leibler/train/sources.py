@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from leibler.environment.dialogue import encode_turns, later_turns
 from leibler.errors import DataError, RecipeError
-from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows
+from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
 from leibler.objective.signals import Validation
 from leibler.objective.targets import Handle, Model, Old, Policy, Target, Tempered
+from leibler.train.buffer import groups, interleaved, newest, pack, unpack
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
-    from leibler.policy import CausalLM
+    from leibler.policy import CausalLM, Samples
     from leibler.policy.vllm import VllmRollouts
 
 State = dict[str, Any]
-"""A source's state: JSON values only, so that it stands in a checkpoint as text."""
+"""A source's state: JSON values and tensors, as they stand in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Context:
     """Samples the policy's responses; None: `leibler.policy.sample` does."""
     failed: Callable[[Record, str, str], None] | None = None
     """Hears of each response that a stage sets aside: its record, its text and the reason."""
+    say: Callable[[str], None] = lambda message: None
+    """Shows a sentence to whoever watches the run."""
 
     @property
     def policy(self) -> CausalLM:
@@ -450,7 +454,7 @@ class Adaptive(Source):
         return True
 
     def init(self) -> State:
-        return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": []}
+        return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": None}
 
     def observe(self, state: State, event: Validation) -> State:
         return {**state, "phi": self.phi.observe(state["phi"], event)}
@@ -464,32 +468,16 @@ class Adaptive(Source):
         if u >= phi:
             drawn, inner = self.data.draw(context, state["data"])
             return drawn, {**state, "data": inner}
-        buffer = state["buffer"]
-        if u < phi * done and len(buffer) >= context.rows:
-            picks = torch.randperm(len(buffer), generator=randomness)[: context.rows].tolist()
-            return {"main": _unpack([buffer[picks[i]] for i in context.share(len(picks))], context)}, state
+        held = None if state["buffer"] is None else unpack(state["buffer"])
+        if held is not None and u < phi * done and len(held) >= context.rows:
+            picks = torch.randperm(held.groups, generator=randomness)[: context.rows]
+            return {"main": groups(held, picks[context.rank :: context.world])}, state
         drawn, inner = self.rollouts.draw(context, state["rollouts"])
         # Every process keeps the rows of all, in the order in which one process would have drawn them.
-        every = context.gather(list(zip(drawn["main"].group.tolist(), _pack(drawn["main"]), strict=True)))
-        numbered = [(g * context.world + rank, item) for rank, part in enumerate(every) for g, item in part]
-        fresh = [item for _, item in sorted(numbered, key=lambda pair: pair[0])]
-        return drawn, {**state, "rollouts": inner, "buffer": (buffer + fresh)[-self.capacity :]}
-
-
-def _pack(rows: Rows) -> list[State]:
-    """Rows as JSON values: tokens and the place where the response begins."""
-    out = []
-    for i in range(len(rows)):
-        tokens = rows.tokens[i][rows.attention[i]].tolist()
-        events = rows.mask[i].nonzero()
-        start = int(events[0]) + 1 if len(events) else len(tokens)
-        out.append({"tokens": tokens, "start": start, "prompt": rows.records[i].prompt})
-    return out
-
-
-def _unpack(items: Sequence[State], context: Context) -> Rows:
-    from leibler.data import Record
-
-    pairs = [(item["tokens"][: item["start"]], item["tokens"][item["start"] :]) for item in items]
-    records = [Record(item["prompt"]) for item in items]
-    return _rows(pairs, list(range(len(items))), [SAMPLE] * len(items), records, context)
+        fresh = [part for part in context.gather(drawn["main"]) if len(part)]
+        if not fresh:
+            return drawn, {**state, "rollouts": inner}
+        kept = concatenate([*([] if held is None else [held]), interleaved(fresh)])
+        # Each row comes back by itself: what is matched on them compares no two rows.
+        kept = newest(replace(kept, group=torch.arange(len(kept))), self.capacity)
+        return drawn, {**state, "rollouts": inner, "buffer": pack(kept)}

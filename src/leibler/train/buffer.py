@@ -1,0 +1,68 @@
+"""Rows that are kept: laid down in a checkpoint, taken up again, cut by whole groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from leibler.objective.rows import TENSORS, Rows, concatenate
+
+Packed = dict[str, Any]
+"""Rows as tensors and JSON values, as they stand in a checkpoint."""
+
+
+def pack(rows: Rows) -> Packed:
+    """Rows as they are written down; what a record carries beside its own fields is left out."""
+    records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
+    tensors = {name: getattr(rows, name) for name in TENSORS}
+    views = {name: pack(view) for name, view in rows.views.items()}
+    return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
+
+
+def unpack(packed: Packed, index: Int[Tensor, " chosen"] | None = None) -> Rows:
+    """The rows that were packed; with ``index`` (increasing) these only, trimmed to their longest."""
+    from leibler.data import Record
+
+    def some(value: Any) -> Any:
+        if index is None or value is None:
+            return value
+        return value[index] if isinstance(value, Tensor) else [value[i] for i in index.tolist()]
+
+    rows = Rows(
+        **{name: some(packed[name]) for name in TENSORS},
+        columns={name: some(value) for name, value in packed["columns"].items()},
+        records=[Record(**r) for r in some(packed["records"])],
+        texts=some(packed["texts"]),
+        views={name: unpack(view, index) for name, view in packed["views"].items()},
+    )
+    return rows if index is None else rows.select(torch.arange(len(rows)))
+
+
+def interleaved(parts: Sequence[Rows]) -> Rows:
+    """The shares of all processes, in the order in which one process would have drawn the groups."""
+    if len(parts) == 1:
+        return parts[0]
+    together = concatenate(parts)
+    # By their numbers when they were drawn: a stage may have dropped groups in one process and not in another.
+    drawn = [(n, rank, i) for rank, part in enumerate(parts) for i, n in enumerate(part.group.unique().tolist())]
+    first = [sum(p.groups for p in parts[:rank]) for rank in range(len(parts))]
+    return concatenate([groups(together, torch.tensor([first[rank] + i])) for _, rank, i in sorted(drawn)])
+
+
+def newest(rows: Rows, capacity: int) -> Rows:
+    """The last whole groups that make at most ``capacity`` rows, and at least one."""
+    sizes = torch.bincount(rows.group_index)
+    fits = int((sizes.flip(0).cumsum(0) <= capacity).sum())
+    return groups(rows, torch.arange(rows.groups - max(fits, 1), rows.groups))
+
+
+def groups(rows: Rows, chosen: Int[Tensor, " chosen"]) -> Rows:
+    """Some whole groups, numbered anew in the order of ``chosen``."""
+    number = torch.full((rows.groups,), -1).index_put((chosen,), torch.arange(len(chosen)))[rows.group_index]
+    picked = rows.select((number >= 0).nonzero()[:, 0])
+    return replace(picked, group=number[number >= 0])
