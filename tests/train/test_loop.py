@@ -520,3 +520,13 @@ def test_mixed_precision_is_that_of_every_model(tmp_path):
     assert second > 1e-4
     with pytest.raises(RunError, match=r"mixed_precision=no cannot be set .* start a new one"):
         run(recipe("grpo", group_size=4), tmp_path / "b")
+
+
+# ---- so many tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("slug", "steps"), [("sft", 2), ("sft", 50), ("kdrl", 3)])
+def test_a_run_of_so_many_tokens_ends_within_one_batch_of_them(slug, steps, tmp_path):
+    run(recipe(slug), tmp_path / "run", steps=steps, tokens=100)
+    trained = [json.loads(line)["tokens"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(trained) >= 100 > sum(trained[:-1])

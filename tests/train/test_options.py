@@ -43,6 +43,7 @@ def test_learning_rate_without_warmup():
         ({"temperature": -1.0}, "temperature=-1.0 must be greater than 0"),
         ({"learning_rate": math.nan}, "learning_rate=nan must be greater than 0"),
         ({"micro_batch_size": 0}, "micro_batch_size=0 must be at least 1"),
+        ({"tokens": 0}, "tokens=0 must be at least 1; leave it out"),
         ({"keep": 0}, "keep=0 must be at least 1"),
         ({"save_every": -1}, "save_every=-1 must be at least 0"),
         ({"validate_every": -1}, "validate_every=-1 must be at least 0"),

@@ -177,7 +177,7 @@ class _Trainer:
         self.minibatches = Minibatches(
             recipe.schedule, options.seed, processes.rank, processes.world, self.engine.most, self.engine.reduce
         )
-        self.step = self.draw = 0
+        self.step = self.draw = self.tokens = 0
         self.source_state = recipe.source.init()
         self.stateful = recipe.stateful()
         self.states: dict[Hashable, Any] = {s: s.init() for s in self.stateful}
@@ -229,10 +229,11 @@ class _Trainer:
 
     def run(self) -> Run:
         self._begin()
-        progress = Progress(self.options.steps, quiet=self.quiet or not self.main, done=self.step)
+        total = self.options.tokens or self.options.steps
+        progress = Progress(total, quiet=self.quiet or not self.main, done=self._done)
         try:
             with interruptible(self._request_stop):
-                while self.step < self.options.steps and not self._anywhere(self.stop):
+                while self._done < total and not self._anywhere(self.stop):
                     self._refresh_rounds()
                     started = time.monotonic()
                     drawn = self.processes.together(self._draw)
@@ -276,6 +277,11 @@ class _Trainer:
             if save:
                 self._save()
             raise self.processes.agreed(error) from None
+
+    @property
+    def _done(self) -> int:
+        """How far the run is, in what its length is given in: tokens or optimiser steps."""
+        return self.tokens if self.options.tokens else self.step
 
     def _anywhere(self, here: bool) -> bool:
         """True if it is true of some process."""
@@ -324,16 +330,17 @@ class _Trainer:
             result.metrics.update(measured.metrics)
             self.step += 1
             seconds = time.monotonic() - started
+            self.tokens += int(result.metrics["tokens"])
             self.last = self.journal.step(self.step, result.metrics, batch, seconds)
             if self.options.tensorboard and self.main:
                 self.accelerator.log(self.last, step=self.step)
-            progress.update(self.step, self.last, speed(self.last, seconds))
+            progress.update(self._done, self.last, speed(self.last, seconds))
             self._guarded(self.guarding.after_step, self.step, self.last)
             saved = self._newest() is not None
             if self._guarded(self.guarding.tripped, self.step, self.last, saved, save=False):
                 return False
             started = time.monotonic()
-            if self.step >= self.options.steps:
+            if self._done >= (self.options.tokens or self.options.steps):
                 break
         return True
 
@@ -432,6 +439,7 @@ class _Trainer:
             return
         state = {
             "draw": self.draw,
+            "tokens": self.tokens,
             "last_due": self.last_due,
             "validated": [self.validated_at, self.validated],
             "source": self.source_state,
@@ -484,6 +492,7 @@ class _Trainer:
         assert path is not None
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
         self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
+        self.tokens = state.get("tokens", 0)  # earlier versions did not count them, and had no use for them
         self.source_state = state["source"]
         self.guarding.put(state["guards"], undone=undone)
         if self.accelerator.scaler and state["scaler"]:

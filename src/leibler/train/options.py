@@ -14,6 +14,8 @@ class Options:
 
     Attributes:
         steps: optimiser steps.
+        tokens: end instead with the step that brings the tokens trained on (the events of all optimiser batches) to so
+            many, be that before or after ``steps``, by which schedules go on. Runs of different methods then compare.
         batch_size: sequences in an optimiser batch (over all processes).
         micro_batch_size: sequences in a forward pass; None: as many as 16,384 tokens allow. Changes no number but
             rounding.
@@ -41,6 +43,7 @@ class Options:
     """
 
     steps: int = 200
+    tokens: int | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
     learning_rate: float = 1e-5
@@ -91,6 +94,8 @@ class Options:
                 raise RunError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not self.weight_decay >= 0:
             raise RunError(f"weight_decay={self.weight_decay} must be at least 0.")
+        if self.tokens is not None and self.tokens < 1:
+            raise RunError(f"tokens={self.tokens} must be at least 1; leave it out to train for a number of steps.")
         if self.adapter_rank is not None and self.adapter_rank < 1:
             raise RunError(f"adapter_rank={self.adapter_rank} must be at least 1; leave it out to train the weights.")
         if self.max_divergence is not None and not self.max_divergence > 0:
