@@ -1,6 +1,7 @@
 """Recipes that are broken on purpose, and claims that must fail on them.
 
-A test file lists its cases in ``BROKEN`` and, for claims that take long, in ``BROKEN_FULL``.
+A test file lists its cases in ``BROKEN`` and, for claims that take long, in ``BROKEN_FULL``; claims that it refutes by
+other means than a recipe, in ``OTHERWISE``.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def refute(broken: Broken) -> None:
 
 
 def refuted() -> set[str]:
-    """The names of the claims' functions for which some test file of this folder has a broken recipe."""
+    """The names of the claims' functions for which some test file of this folder has something broken."""
     modules = [importlib.import_module(f"claims.{path.stem}") for path in Path(__file__).parent.glob("test_*.py")]
     cases = [c for m in modules for name in ("BROKEN", "BROKEN_FULL") for c in getattr(m, name, ())]
-    return {c.values[0].experiment.__name__ for c in cases}
+    otherwise = [experiment.__name__ for m in modules for experiment in getattr(m, "OTHERWISE", ())]
+    return {*otherwise, *(c.values[0].experiment.__name__ for c in cases)}

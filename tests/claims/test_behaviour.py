@@ -36,6 +36,8 @@ BROKEN_FULL = [
     ),
 ]
 
+OTHERWISE = [b.transfer_rates]
+
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_method_refutes_its_claim(broken: Broken):
