@@ -105,7 +105,7 @@ def write(
         dtype=dtype,
         vocab=teacher.vocab_size,
         temperature=float(temperature),
-        teacher=name or type(teacher.causal).__name__,
+        teacher=name or type(teacher.pretrained).__name__,
         teacher_hash=fingerprint(teacher),
         tokenizer_hash=tokenizer_hash(teacher.tokenizer),
         data=data.name,

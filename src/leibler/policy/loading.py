@@ -29,6 +29,8 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "tokenizer_config.json",
 )
+MASKED = "BERT, ModernBERT or DistilBERT"
+"""The masked language models that can be used."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -153,19 +155,58 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_pretrained(
-    source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of ``source``; every failure is a ``ModelError`` of one sentence."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def masked_architecture(source: str | Path) -> str | None:
+    """The architecture that a checkpoint's configuration names, if it is one that fills in masked positions.
 
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    Raises:
+        ModelError: there is no checkpoint that can be loaded safely.
+    """
+    return _masked_architecture(source, *_place(source))
+
+
+def _masked_architecture(source: str | Path, place: str, offline: bool) -> str | None:
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(place, local_files_only=offline)
+    except Exception as error:  # it raises what it likes; the user needs the sentence, we keep the cause
+        raise _explained(source, "configuration", error, {"local_files_only": offline}) from error
+    named = config.get("architectures")
+    found = [str(name) for name in named if str(name).endswith("ForMaskedLM")] if isinstance(named, list) else []
+    return found[0] if found else None
+
+
+def _place(source: str | Path) -> tuple[str, bool]:
+    """Where Transformers looks for a checkpoint, and whether it must do without the network."""
     if is_local(source):
-        place = str(check_directory(source))
-        options["local_files_only"] = True
-    else:
-        place = str(source)
-        options["local_files_only"] = not check_hub(place)
+        return str(check_directory(source)), True
+    return str(source), not check_hub(str(source))
+
+
+def load_pretrained(
+    source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool, masked: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of ``source``; every failure is a ``ModelError`` of one sentence.
+
+    Args:
+        source: a directory or a hub id.
+        dtype: of the weights.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        masked: a model that fills in masked positions is wanted, not one that reads from left to right.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    place, offline = _place(source)
+    kind = _masked_architecture(source, place, offline)
+    if masked and kind is None:
+        raise ModelError(f"{str(source)!r} is no masked language model; give a checkpoint saved from one ({MASKED}).")
+    if kind is not None and not masked:
+        raise ModelError(
+            f"{str(source)!r} is a masked language model ({kind}), which fills in positions and does not read from "
+            "left to right; give a decoder-only checkpoint here."
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
+    family: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
@@ -175,7 +216,7 @@ def load_pretrained(
         raise _explained(source, "tokenizer", error, options) from error
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = family.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
             model, report = loaded

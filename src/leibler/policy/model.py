@@ -1,4 +1,4 @@
-"""A causal language model as the engine sees it: final hidden states, a head, a tokenizer."""
+"""A language model as the engine sees it: final hidden states, a head, a tokenizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,8 @@ from leibler.policy.loading import first_line, load_pretrained, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from leibler.objective.soft import SoftTokens
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,27 @@ class Lora:
     seed: int = 0
 
 
-class CausalLM(nn.Module):
-    """A Transformers causal language model with its tokenizer, split where the vocabulary begins.
+class LanguageModel(nn.Module):
+    """A Transformers language model with its tokenizer, split where the vocabulary begins: what all kinds share.
 
     ``forward`` gives hidden states and ``head`` the matrix that turns them into logits, so that losses over the
-    vocabulary can be computed without ever holding all logits. That ``hidden @ weight.T + bias`` *is* the model's
-    logits is checked when the object is made.
+    vocabulary can be computed without ever holding all logits. The hidden state at position ``t`` predicts token
+    ``t + 1``, whatever kind of model it is. That ``hidden @ weight.T + bias`` *is* the model's logits is checked when
+    the object is made.
 
     Args:
-        network: a Transformers causal model, or a PEFT model around one.
+        network: a Transformers model with a language-model head, or a PEFT model around one.
         tokenizer: its tokenizer.
 
     Raises:
         ModelError: logits are not a linear function of the final hidden states (soft-capping, scaling), or the
             tokenizer has entries for which the model has none.
     """
+
+    masked: ClassVar[bool] = False
+    """Whether it fills in masked positions rather than reading from left to right."""
+    task: ClassVar[str | None] = None
+    """PEFT's name for what the model does, where it has one."""
 
     def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
@@ -71,8 +79,9 @@ class CausalLM(nn.Module):
         # Not len(tokenizer) alone: where ids have gaps, the last entry still has to be reachable.
         taken = set(tokenizer.get_vocab().values())
         self.vocab_size = max(len(tokenizer), 1 + max(taken, default=-1))
-        if self.causal.base_model is self.causal:
-            raise ModelError(f"{type(self.causal).__name__} has no base model that gives hidden states without a head.")
+        if self.pretrained.base_model is self.pretrained:
+            kind = type(self.pretrained).__name__
+            raise ModelError(f"{kind} has no base model that gives hidden states without a head.")
         weight, _ = self._matrix()
         rows = weight.shape[0]
         if rows < self.vocab_size:
@@ -81,6 +90,7 @@ class CausalLM(nn.Module):
                 "take the tokenizer that came with it, or call resize_token_embeddings first."
             )
         # Ids that no token has are outside the support: a bias of -inf. (A buffer, so that it moves with the model.)
+        taken -= self._never_predicted()
         gaps = None
         if len(taken) < self.vocab_size:
             there = torch.tensor(sorted(taken), dtype=torch.long, device=weight.device)
@@ -89,9 +99,13 @@ class CausalLM(nn.Module):
             gaps[there] = 0.0
         self.gaps: Tensor | None
         self.register_buffer("gaps", gaps, persistent=False)
-        if tokenizer.eos_token_id is None:
+        if self.eos_id is None:
             raise ModelError("The tokenizer has no end-of-sequence token; set tokenizer.eos_token.")
         self._check_head()
+
+    def _never_predicted(self) -> set[int]:
+        """Ids of tokens that stand in texts but that no law of this model may give anything."""
+        return set()
 
     # -- loading and saving -------------------------------------------------------------------------------------------
 
@@ -104,7 +118,7 @@ class CausalLM(nn.Module):
         trust_remote_code: bool = False,
         adapter: Lora | None = None,
         gradient_checkpointing: bool = False,
-    ) -> CausalLM:
+    ) -> Self:
         """Read a checkpoint from a directory or, if there is none of that name, from the hub.
 
         Args:
@@ -117,7 +131,9 @@ class CausalLM(nn.Module):
         Raises:
             ModelError: in one sentence, why the checkpoint cannot be used.
         """
-        network, tokenizer = load_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        network, tokenizer = load_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, masked=cls.masked
+        )
         try:
             model = cls(network, tokenizer)
         except ModelError as error:
@@ -135,7 +151,7 @@ class CausalLM(nn.Module):
         written beside it, in ``adapter/``, as PEFT writes it.
         """
         path = Path(path)
-        network = self.causal
+        network = self.pretrained
         if self.has_adapter:
             # "auto" would ask the hub whether the vocabulary was resized
             cast(Any, self.network).save_pretrained(path / "adapter", save_embedding_layers=False)
@@ -146,7 +162,7 @@ class CausalLM(nn.Module):
             network.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
-    def copy(self) -> CausalLM:
+    def copy(self) -> Self:
         """A frozen copy: the same weights now, no gradient, evaluation mode; the tokenizer is shared."""
         twin = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
         return twin.requires_grad_(False).eval()
@@ -158,7 +174,7 @@ class CausalLM(nn.Module):
         return hasattr(self.network, "peft_config") and hasattr(self.network, "get_base_model")
 
     @property
-    def causal(self) -> PreTrainedModel:
+    def pretrained(self) -> PreTrainedModel:
         """The Transformers model itself, without PEFT's wrapper (adapter layers stay in place)."""
         network = cast(Any, self.network)
         return network.get_base_model() if self.has_adapter else network
@@ -174,12 +190,17 @@ class CausalLM(nn.Module):
     @property
     def context(self) -> int | None:
         """The longest sequence that the positions allow, if the model has such a limit."""
-        return getattr(self.causal.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return getattr(self.pretrained.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a completion."""
+        return cast(int, self.tokenizer.eos_token_id)
 
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return cast(int, self.tokenizer.eos_token_id if pad is None else pad)
+        return self.eos_id if pad is None else cast(int, pad)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -187,11 +208,11 @@ class CausalLM(nn.Module):
 
         Of the latter only special tokens count: a configuration that kept its default would else stop at a letter.
         """
-        extra = getattr(getattr(self.causal, "generation_config", None), "eos_token_id", None)
+        extra = getattr(getattr(self.pretrained, "generation_config", None), "eos_token_id", None)
         extra = [] if extra is None else [extra] if isinstance(extra, int) else list(extra)
         added = self.tokenizer.added_tokens_decoder
         special = {number for number in extra if number in added and added[number].special}
-        return tuple(sorted({cast(int, self.tokenizer.eos_token_id), *special}))
+        return tuple(sorted({self.eos_id, *special}))
 
     def head(self) -> tuple[Float[Tensor, "vocab hidden"], Float[Tensor, " vocab"] | None]:
         """The matrix (and bias) with ``logits = hidden @ weight.T + bias``; its rows may exceed ``vocab_size``.
@@ -207,48 +228,99 @@ class CausalLM(nn.Module):
 
     def low_rank(self, hidden: Float[Tensor, "n hidden"]) -> tuple[LowRank, ...]:
         """What an adapter on the head adds to the logits of these hidden states; empty without one."""
-        return low_rank(cast(nn.Module, self.causal.get_output_embeddings()), hidden)
+        return low_rank(cast(nn.Module, self.pretrained.get_output_embeddings()), hidden)
 
     def linear(self, hidden: Float[Tensor, "n hidden"], temperature: float = 1.0) -> Linear:
         """The laws of the next token after these hidden states, for :mod:`leibler.fused`; the logits are not formed."""
         return Linear(hidden, *self.head(), temperature, self.low_rank(hidden))
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
-        head = self.causal.get_output_embeddings()
+        head = self.pretrained.get_output_embeddings()
         weight = getattr(head, "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             raise ModelError("The model has no linear output head, so its logits cannot be formed from hidden states.")
         return weight, getattr(head, "bias", None)
 
     def forward(
-        self, tokens: Int[Tensor, "batch time"], attention: Bool[Tensor, "batch time"]
+        self,
+        tokens: Int[Tensor, "batch time"],
+        attention: Bool[Tensor, "batch time"],
+        soft: SoftTokens | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        """Hidden states after the final norm.
+        """Hidden states in front of the head; the one at ``t`` predicts token ``t + 1``.
 
         Padding may stand left or right: positions count the attended tokens. What comes out at padding is meaningless.
+
+        Args:
+            tokens: what is read.
+            attention: the tokens that are there.
+            soft: laws over the vocabulary that are read in place of some of the tokens; see `embed`.
 
         Raises:
             ModelError: a sequence is longer than the model's context.
         """
         if self.context is not None and tokens.shape[1] > self.context:
             self.check_length(int(attention.sum(1).max()))
-        return self.hidden(tokens, attention, use_cache=False).last_hidden_state
+        embedded = None if soft is None else self.embed(tokens, soft)
+        return self._predicting(self._before_head(tokens, attention, embedded))
 
-    def hidden(self, tokens: Tensor, attention: Tensor | None, positions: Tensor | None = None, **options: Any) -> Any:
-        """The base model's raw output, for samplers that bring a cache; ``forward`` is this without one."""
+    def _before_head(self, tokens: Tensor, attention: Tensor, embedded: Tensor | None = None) -> Tensor:
+        """What the head is applied to, at the places of the tokens."""
+        return self.hidden(tokens, attention, embedded=embedded).last_hidden_state
+
+    def _predicting(self, states: Tensor) -> Tensor:
+        """The states, each at the place in front of the token that it predicts."""
+        return states
+
+    def embed(
+        self, tokens: Int[Tensor, "batch time"], soft: SoftTokens | None = None
+    ) -> Float[Tensor, "batch time hidden"]:
+        """What the first layer reads: the embedding of each token, or ``sum_j w_j E[index_j]`` at a soft one.
+
+        No gradient goes through a soft token into the embedding: with tied matrices, the law that it stands for would
+        change its meaning while it is learned.
+        """
+        embedding = cast(nn.Module, self.pretrained.get_input_embeddings())
+        hard = embedding(tokens)
+        if soft is None or not bool((where := soft.there).any()):
+            return hard
+        index, weight = soft.index[where], soft.weight[where]
+        with torch.no_grad():
+            # Entry by entry: all k embeddings of each position at once would take k times the memory.
+            mixed = torch.zeros(len(index), hard.shape[-1], dtype=torch.promote_types(hard.dtype, torch.float32))
+            mixed = mixed.to(hard.device)
+            for entry, share in zip(index.unbind(-1), weight.unbind(-1), strict=True):
+                mixed += embedding(entry).to(mixed.dtype) * share[:, None].to(mixed.dtype)
+        return hard.masked_scatter(where[..., None], mixed.to(hard.dtype))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        attention: Tensor | None,
+        positions: Tensor | None = None,
+        embedded: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The base model's raw output, for samplers that bring a cache; ``forward`` is this without one.
+
+        Args:
+            tokens: what is read.
+            attention: ``[batch time]`` what is there, the cache included, or ``[batch 1 time time]``, what is added to
+                the attention scores (then ``positions`` are needed).
+            positions: of the tokens; counted along ``attention`` when not given.
+            embedded: what the first layer reads in place of the tokens' embeddings.
+            options: for the base model.
+        """
         if positions is None and attention is not None:
             positions = (attention.long().cumsum(1) - 1).clamp_min(0)
-        base = self.causal.base_model
+        base = self.pretrained.base_model
         if positions is not None and "position_ids" in _accepts(type(base)):
             options["position_ids"] = positions
-        return base(input_ids=tokens, attention_mask=attention, **options)
-
-    def check_cache(self) -> None:
-        """Raise a ``ModelError`` when the model cannot go on from a key-value cache, as sampling does."""
-        if "past_key_values" not in _accepts(type(self.causal.base_model)):
-            raise ModelError(
-                f"{type(self.causal).__name__} keeps no key-value cache, so it cannot be sampled from here."
-            )
+        if embedded is None:
+            return base(input_ids=tokens, attention_mask=attention, **options)
+        if "inputs_embeds" not in _accepts(type(base)):
+            raise ModelError(f"{type(self.pretrained).__name__} reads tokens only, so it cannot read soft ones.")
+        return base(inputs_embeds=embedded, attention_mask=attention, **options)
 
     def check_length(self, length: int) -> None:
         """Raise a ``ModelError`` when a sequence of ``length`` tokens does not fit the context."""
@@ -261,11 +333,12 @@ class CausalLM(nn.Module):
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass from now on."""
         # The name it has in later releases of Transformers 5, where there is one.
-        causal = cast(Any, self.causal)
-        enable = getattr(causal, "activation_checkpointing_enable", None) or causal.gradient_checkpointing_enable
+        pretrained = cast(Any, self.pretrained)
+        enable = getattr(pretrained, "activation_checkpointing_enable", None)
+        enable = enable or pretrained.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
-    def adapted(self, adapter: Lora) -> CausalLM:
+    def adapted(self, adapter: Lora) -> Self:
         """The same model with a trainable low-rank adapter and frozen weights; the layers are replaced in place.
 
         Raises:
@@ -280,10 +353,10 @@ class CausalLM(nn.Module):
             lora_alpha=cast(int, adapter.alpha),
             lora_dropout=adapter.dropout,
             target_modules=list(adapter.targets) if adapter.targets else "all-linear",
-            task_type="CAUSAL_LM",
+            task_type=self.task,
         )
-        embedding = self.causal.get_input_embeddings()
-        name = next(name for name, other in self.causal.named_modules() if other is embedding)
+        embedding = self.pretrained.get_input_embeddings()
+        name = next(name for name, other in self.pretrained.named_modules() if other is embedding)
         if adapter.targets and any(name == target or name.endswith(f".{target}") for target in adapter.targets):
             raise ModelError(f"An adapter on the embedding {name!r} is not supported; leave it out of targets.")
         try:
@@ -291,10 +364,10 @@ class CausalLM(nn.Module):
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT's own use of older Transformers names
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sets this right for GPT-2 by itself
                 torch.manual_seed(adapter.seed)
-                network = get_peft_model(self.causal, config)
+                network = get_peft_model(self.pretrained, config)
         except ValueError as error:
             raise ModelError(f"The adapter does not fit the model: {first_line(error)}.") from error
-        return CausalLM(network, self.tokenizer)
+        return type(self)(network, self.tokenizer)
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -312,16 +385,17 @@ class CausalLM(nn.Module):
         An empty prompt becomes the begin token (the end token where there is none), so that a first token has
         something to be predicted from.
         """
-        eos = cast(int, self.tokenizer.eos_token_id)
+        eos = self.eos_id
         tokens = list(self.tokenizer.encode(text))
-        while len(tokens) > 1 and tokens[-1] == eos and not text.endswith(cast(str, self.tokenizer.eos_token)):
+        ending = cast(str, self.tokenizer.convert_ids_to_tokens(eos))
+        while len(tokens) > 1 and tokens[-1] == eos and not text.endswith(ending):
             tokens.pop()  # some tokenizers end every text
         begin = self.tokenizer.bos_token_id
         return tokens or [eos if begin is None else cast(int, begin)]
 
     def encode_completion(self, text: str) -> list[int]:
         """Tokens of a completion, ended by the end-of-sequence token."""
-        eos = cast(int, self.tokenizer.eos_token_id)
+        eos = self.eos_id
         tokens = list(self.tokenizer.encode(text, add_special_tokens=False))
         return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
 
@@ -348,11 +422,11 @@ class CausalLM(nn.Module):
         weight, bias = self._matrix()
         tokens = torch.arange(min(4, self.vocab_size), device=weight.device)[None]
         attention = torch.ones_like(tokens, dtype=torch.bool)
-        handle = cast(nn.Module, self.causal.get_output_embeddings()).register_forward_hook(louder)
+        handle = cast(nn.Module, self.pretrained.get_output_embeddings()).register_forward_hook(louder)
         try:
             with evaluating(self), torch.no_grad():
-                hidden = self.forward(tokens, attention)
-                logits = self.causal(input_ids=tokens, attention_mask=attention.long(), use_cache=False).logits
+                hidden = self._before_head(tokens, attention)
+                logits = self.pretrained(input_ids=tokens, attention_mask=attention.long()).logits
                 expected = nn.functional.linear(hidden, weight, bias)
                 for pair in self.low_rank(hidden[0]):
                     expected = expected + pair.hidden @ pair.weight.t()
@@ -366,7 +440,7 @@ class CausalLM(nn.Module):
         scale = expected.abs().max().clamp_min(1e-6)
         linear = (seen["plain"] - expected).abs().max() <= tolerance * scale
         untouched = (logits.float() - seen["loud"].float()).abs().max() <= tolerance * 500
-        kind = type(self.causal).__name__
+        kind = type(self.pretrained).__name__
         if not linear:
             raise ModelError(
                 f"{kind} changes its hidden states before the head, which cannot be reproduced from outside."
@@ -375,6 +449,27 @@ class CausalLM(nn.Module):
             raise ModelError(
                 f"{kind} changes its logits after the head (soft-capping or scaling), which hidden @ W.T does not "
                 "reproduce; use a model without it."
+            )
+
+
+class CausalLM(LanguageModel):
+    """A decoder-only model, which reads from left to right: see `LanguageModel`."""
+
+    task: ClassVar[str | None] = "CAUSAL_LM"
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The Transformers model itself, without PEFT's wrapper."""
+        return self.pretrained
+
+    def _before_head(self, tokens: Tensor, attention: Tensor, embedded: Tensor | None = None) -> Tensor:
+        return self.hidden(tokens, attention, embedded=embedded, use_cache=False).last_hidden_state
+
+    def check_cache(self) -> None:
+        """Raise a ``ModelError`` when the model cannot go on from a key-value cache, as sampling does."""
+        if "past_key_values" not in _accepts(type(self.pretrained.base_model)):
+            raise ModelError(
+                f"{type(self.pretrained).__name__} keeps no key-value cache, so it cannot be sampled from here."
             )
 
 
@@ -394,52 +489,3 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def same_tokenizer(
-    a: CausalLM | PreTrainedTokenizerBase,
-    b: CausalLM | PreTrainedTokenizerBase,
-    names: tuple[str, str] = ("student", "teacher"),
-    option: str | None = None,
-) -> None:
-    """Check that two models mean the same by every token id, which a divergence between them needs.
-
-    Padding rows beyond the tokenizer (151,936 against 152,064) do not matter.
-
-    Args:
-        a, b: the models, or their tokenizers.
-        names: what the message calls them.
-        option: what the caller offers instead, such as ``"align=text"``.
-
-    Raises:
-        ModelError: naming the first difference.
-    """
-    difference = tokenizer_difference(a, b, names)
-    if difference is not None:
-        instead = f", or compare them through the text that both read with {option}" if option else ""
-        raise ModelError(f"The tokenizers differ: {difference}; take {names[1]} and {names[0]} of one family{instead}.")
-
-
-def tokenizer_difference(
-    a: CausalLM | PreTrainedTokenizerBase,
-    b: CausalLM | PreTrainedTokenizerBase,
-    names: tuple[str, str] = ("student", "teacher"),
-) -> str | None:
-    """The first entry that two tokenizers do not share, in words; None where they mean the same by every id."""
-    first, second = (model.tokenizer if isinstance(model, CausalLM) else model for model in (a, b))
-    if first is second:
-        return None
-    left, right = first.get_vocab(), second.get_vocab()
-    if left != right:
-        by_id = [{number: entry for entry, number in vocabulary.items()} for vocabulary in (left, right)]
-        where = min(
-            number for number in by_id[0].keys() | by_id[1].keys() if by_id[0].get(number) != by_id[1].get(number)
-        )
-        entries = [repr(vocabulary[where]) if where in vocabulary else "nothing" for vocabulary in by_id]
-        return (
-            f"the {names[0]} has {len(left)} entries and the {names[1]} {len(right)}, "
-            f"and entry {where} is {entries[0]} for one and {entries[1]} for the other"
-        )
-    if first.eos_token_id != second.eos_token_id:
-        return f"the {names[0]} ends with {first.eos_token!r}, the {names[1]} with {second.eos_token!r}"
-    return None

@@ -18,7 +18,8 @@ from torch import Tensor
 from leibler.errors import DataError, ModelError
 from leibler.policy.decode import decoder
 from leibler.policy.draw import invert, law_
-from leibler.policy.model import CausalLM, evaluating, same_tokenizer
+from leibler.policy.model import CausalLM, evaluating
+from leibler.policy.tokenizers import same_tokenizer
 
 _COMPACT_AT = 0.25
 """Finished rows are dropped from the batch when they are this share of it; each drop copies the cache once."""
@@ -55,6 +56,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float | None = None,
     group_size: int = 1,
+    limits: Sequence[int] | None = None,
     max_batch: int | None = None,
 ) -> Samples:
     """Sample ``group_size`` completions of each prompt from a model or a mixture of models.
@@ -71,10 +73,11 @@ def sample(
         temperature: divides the logits; 0 takes the most likely token and ignores the numbers in ``uniforms``.
         top_p: keep the smallest set of most likely tokens with this probability, and renormalise.
         group_size: completions per prompt.
+        limits: the largest number of new tokens for each prompt, where they differ: 1 to the columns of ``uniforms``.
         max_batch: sample at most so many rows at a time; all at once when not given.
 
     Raises:
-        DataError: prompts and uniforms do not fit, or a prompt is empty.
+        DataError: prompts, uniforms and limits do not fit, or a prompt is empty.
         ModelError: prompt and completion would exceed a model's context, or the models' tokenizers differ.
 
     Examples:
@@ -88,7 +91,7 @@ def sample(
     """
     mixture = _mixture(models)
     main = mixture[0][0]
-    _check(mixture, prompts, uniforms, temperature, top_p, group_size, max_batch)
+    _check(mixture, prompts, uniforms, temperature, top_p, group_size, limits, max_batch)
     device = main.device
     limit = uniforms.shape[1]
     # Rows sorted by prompt, so that padding is small and the rows of a group stay together.
@@ -98,13 +101,15 @@ def sample(
     logp = torch.zeros((len(rows), limit), dtype=dtype, device=device)
     length = torch.zeros(len(rows), dtype=torch.long, device=device)
     finished = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    ends = torch.tensor([limit] * len(prompts) if limits is None else limits, dtype=torch.long, device=device)
+    ends = ends.repeat_interleave(group_size)
     step = max_batch or max(len(rows), 1)
     with torch.inference_mode(), evaluating(*(model for model, _ in mixture)):
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             law = _Law([model for model, _ in mixture], [weight for _, weight in mixture], temperature, top_p)
             law.read([tuple(prompts[row // group_size]) for row in part], limit)
-            _roll(law, torch.tensor(part, device=device), uniforms.to(device), (tokens, logp, length, finished))
+            _roll(law, torch.tensor(part, device=device), uniforms.to(device), ends, (tokens, logp, length, finished))
     longest = int(length.max()) if len(rows) else 0
     mask = torch.arange(longest, device=device) < length[:, None]
     # clone: tensors made in inference mode cannot be saved for a backward pass.
@@ -184,8 +189,8 @@ class _Law:
         return out if bias is None else out.add_(bias * scale)
 
 
-def _roll(law: _Law, rows: Tensor, uniforms: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Sample until every row has stopped or the numbers are used up; writes row ``rows[j]`` of the outputs."""
+def _roll(law: _Law, rows: Tensor, uniforms: Tensor, ends: Tensor, out: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Sample until every row has stopped or has its ``ends`` tokens; writes row ``rows[j]`` of the outputs."""
     tokens, logp, length, finished = out
     stop = torch.tensor(law.models[0].stop_ids, device=rows.device)
     live = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -196,9 +201,9 @@ def _roll(law: _Law, rows: Tensor, uniforms: Tensor, out: tuple[Tensor, Tensor, 
         length[where] += 1
         ended = live & torch.isin(token, stop)
         finished[rows[ended]] = True
-        live = live & ~ended
+        live = live & ~ended & (ends[rows] > step + 1)
         left = int(live.sum())
-        if not left or step + 1 == uniforms.shape[1]:
+        if not left:
             return
         if left <= (1 - _COMPACT_AT) * len(rows):
             index = live.nonzero()[:, 0]
@@ -225,6 +230,7 @@ def _check(
     temperature: float,
     top_p: float | None,
     group_size: int,
+    limits: Sequence[int] | None,
     max_batch: int | None,
 ) -> None:
     if uniforms.dim() != 2 or uniforms.shape[0] != len(prompts) * group_size:
@@ -236,15 +242,19 @@ def _check(
         raise DataError(
             "uniforms must be float64 numbers in [0, 1); draw them with leibler.policy.randomness.uniforms."
         )
+    if limits is not None and (len(limits) != len(prompts) or not all(1 <= n <= uniforms.shape[1] for n in limits)):
+        raise DataError(f"limits must be {len(prompts)} numbers from 1 to {uniforms.shape[1]}, one per prompt.")
     if temperature < 0:
         raise DataError(f"temperature must be at least 0, not {temperature}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise DataError(f"top_p must be above 0 and at most 1, not {top_p}.")
     if group_size < 1 or (max_batch is not None and max_batch < 1):
         raise DataError(f"group_size and max_batch must be at least 1, not {group_size} and {max_batch}.")
+    ends = [uniforms.shape[1]] * len(prompts) if limits is None else limits
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"Prompt {number} is empty; start it with the begin token (encode_prompt does).")
     for model, _ in mixture:
         model.check_cache()
-        model.check_length(max(map(len, prompts), default=0) + uniforms.shape[1])
+        # Padding in front of a shorter prompt is no position of its row.
+        model.check_length(max((len(p) + n for p, n in zip(prompts, ends, strict=True)), default=0))

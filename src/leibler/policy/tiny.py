@@ -6,6 +6,7 @@ read back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    from leibler.policy.masked import MaskedLM
     from leibler.policy.model import CausalLM
 
 # Mathematical brackets, not "<eos>": a text that happens to contain "<eos>" must come back as it was.
-PAD, BOS, EOS, UNK = "⟨pad⟩", "⟨bos⟩", "⟨eos⟩", "⟨unk⟩"
+PAD, BOS, EOS, UNK, MASK = "⟨pad⟩", "⟨bos⟩", "⟨eos⟩", "⟨unk⟩", "⟨mask⟩"
 
 
 def _wrap(tokenizer: Tokenizer, unknown: str | None) -> PreTrainedTokenizerFast:
@@ -155,3 +157,61 @@ def tiny_llama(
     with torch.random.fork_rng(devices=[]):  # Transformers draws initial weights from the global generator
         torch.manual_seed(seed)
         return CausalLM(LlamaForCausalLM(config), tokenizer).eval()
+
+
+def tiny_masked(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    intermediate: int | None = None,
+    max_length: int = 256,
+    seed: int = 0,
+) -> MaskedLM:
+    """A ModernBERT with random weights, small enough to train in seconds; every layer sees the whole text.
+
+    Args:
+        tokenizer: fixes the vocabulary and the special tokens; one without a mask token is copied and gets one, at the
+            end of the vocabulary.
+        hidden: width of the residual stream, a multiple of ``2 * heads``.
+        layers: how many blocks.
+        heads: attention heads.
+        intermediate: width of the feed-forward part; ``4/3 * hidden`` rounded up to a multiple of 8 when not given (it
+            is gated, so there are two of them).
+        max_length: longest sequence, prompt and completion together.
+        seed: of the weights; the global generator is left as it was.
+
+    Raises:
+        ModelError: ``hidden`` does not divide among the heads.
+
+    Examples:
+        >>> model = tiny_masked(character_tokenizer("ab"), hidden=16, layers=1, heads=2)
+        >>> model.vocab_size, model.hidden_size, model.mask_id
+        (7, 16, 6)
+    """
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    from leibler.policy.masked import MaskedLM
+
+    if hidden % (2 * heads):
+        raise ModelError(f"hidden={hidden} must be a multiple of 2 * heads = {2 * heads} (rotary pairs in each head).")
+    if tokenizer.mask_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate or -(-4 * hidden // 24) * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        layer_types=["full_attention"] * layers,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+        bos_token_id=cast(int, tokenizer.bos_token_id),
+        eos_token_id=cast(int, tokenizer.eos_token_id),
+        cls_token_id=cast(int, tokenizer.bos_token_id),
+        sep_token_id=cast(int, tokenizer.eos_token_id),
+    )
+    with torch.random.fork_rng(devices=[]):  # Transformers draws initial weights from the global generator
+        torch.manual_seed(seed)
+        return MaskedLM(ModernBertForMaskedLM(config), tokenizer).eval()

@@ -27,7 +27,7 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
         RecipeError: the recipe asks something of such a model that only a common tokenizer can answer.
         ModelError: the tokenizers cannot be aligned.
     """
-    from leibler.policy.model import tokenizer_difference
+    from leibler.policy.tokenizers import tokenizer_difference
     from leibler.policy.vocabulary import TextAlignment
 
     others = {n: m for n, m in models.items() if m is not policy and tokenizer_difference(policy, m) is not None}

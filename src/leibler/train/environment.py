@@ -35,7 +35,7 @@ def environment(options: Options, recipe: Recipe, policy: CausalLM, processes: i
         "torch": torch.__version__,
         **{k: here[k] for k in ("cpu_capability", "threads", "processes", "device", "gpu") if k in here},
         "dtype": str(parameter.dtype).removeprefix("torch."),
-        "attention": str(getattr(policy.causal.config, "_attn_implementation", None)),
+        "attention": str(getattr(policy.pretrained.config, "_attn_implementation", None)),
         # A part that is no dataclass shows its address, which is another one each time.
         "recipe": re.sub(r" at 0x[0-9a-f]+", "", describe(recipe)),
         **{f"option {k}": v for k, v in asdict(options).items() if k not in IDLE},

@@ -50,11 +50,12 @@ class Sharding:
 
         if self.recompute and any(p.requires_grad for p in model.parameters()):
             model.checkpoint_gradients()
-        names = set(self.layers or getattr(model.causal, "_no_split_modules", None) or ())
+        kind = type(model.pretrained).__name__
+        names = set(self.layers or getattr(model.pretrained, "_no_split_modules", None) or ())
         layers = [m for m in model.modules() if type(m).__name__ in names]
         if self.layers and not layers:
             raise RunError(
-                f"fsdp_transformer_layer_cls_to_wrap names {', '.join(self.layers)}, but {type(model.causal).__name__} "
+                f"fsdp_transformer_layer_cls_to_wrap names {', '.join(self.layers)}, but {kind} "
                 "has no such layer; leave it out to take the model's own."
             )
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
