@@ -1,7 +1,8 @@
 """Objectives: sums of terms over needs, signals and targets. Pure functions of tensors."""
 
 from leibler.objective.advantages import GAE, Returns
-from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
+from leibler.objective.coupled import Coupled
+from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy, WholeRows
 from leibler.objective.objective import Objective
 from leibler.objective.preference import (
     AgainstHardest,
@@ -14,7 +15,7 @@ from leibler.objective.preference import (
 )
 from leibler.objective.reduce import SequenceMean, TokenMean
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, View, concatenate
-from leibler.objective.schedules import AdaptiveKL, Hinge, Linear, Switch
+from leibler.objective.schedules import AdaptiveKL, Balance, Hinge, Linear, OfStep, Staircase, Switch
 from leibler.objective.signals import (
     BetaKernel,
     Chain,
@@ -26,6 +27,7 @@ from leibler.objective.signals import (
     InReward,
     LeaveOneOut,
     LogRatio,
+    PerViolation,
     Reward,
     Shaper,
     Signal,
@@ -35,6 +37,7 @@ from leibler.objective.signals import (
     Whitened,
 )
 from leibler.objective.soft import Soft, SoftTokens
+from leibler.objective.spans import SpanProduct
 from leibler.objective.surrogates import Clip, Ratio
 from leibler.objective.targets import (
     Arithmetic,
@@ -57,11 +60,13 @@ from leibler.objective.terms import (
     Fit,
     Imitate,
     Match,
+    MatchHidden,
     PolicyGradient,
     Preference,
     SquaredError,
     Term,
 )
+from leibler.objective.transport import Sinkhorn, Transport
 
 __all__ = [
     "CHOSEN",
@@ -71,12 +76,15 @@ __all__ = [
     "AdaptiveKL",
     "AgainstHardest",
     "Arithmetic",
+    "Balance",
     "Behaviour",
     "BetaKernel",
     "Chain",
     "Clip",
     "Clipped",
     "Column",
+    "Coupled",
+    "Comparison",
     "EntropyBonus",
     "Fit",
     "Geometric",
@@ -98,13 +106,16 @@ __all__ = [
     "LogRatio",
     "Logistic",
     "Match",
+    "MatchHidden",
     "MeanLogProb",
     "Model",
     "Need",
     "Objective",
+    "OfStep",
     "Old",
     "Output",
     "Pairs",
+    "PerViolation",
     "Policy",
     "PolicyGradient",
     "Preference",
@@ -116,10 +127,13 @@ __all__ = [
     "SequenceMean",
     "Shaper",
     "Signal",
+    "Sinkhorn",
     "Soft",
     "SoftTokens",
+    "SpanProduct",
     "Squared",
     "SquaredError",
+    "Staircase",
     "StepEnd",
     "Switch",
     "Target",

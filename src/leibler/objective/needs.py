@@ -28,11 +28,24 @@ class TokenEntropy(Need):
     """Entropy of the policy's next-token law (nats)."""
 
 
+class OverVocabulary(Need):
+    """A need of the policy's rows over the whole vocabulary, and of a target's."""
+
+    to: Target
+
+
 @dataclass(frozen=True)
-class TokenDivergence(Need):
+class TokenDivergence(OverVocabulary):
     """A divergence of the policy's next-token law to a target's, over the whole vocabulary."""
 
     divergence: Functional
+    to: Target
+
+
+@dataclass(frozen=True)
+class WholeRows(OverVocabulary):
+    """The policy's rows and a target's themselves, at some chosen events: no number per event, see `Coupled`."""
+
     to: Target
 
 
@@ -41,6 +54,21 @@ class Output(Need):
     """The number per event of a trained side module (a critic)."""
 
     module: str
+
+
+@dataclass(frozen=True)
+class Comparison(Need):
+    """A number per event that a side module makes of the policy's hidden states and another model's.
+
+    Attributes:
+        module: the side module, ``module(hidden, other) -> [numbers, events]``.
+        to: the other model.
+        number: which of the module's numbers.
+    """
+
+    module: str
+    to: Handle
+    number: int = 0
 
 
 def sampled_needs(target: Target) -> tuple[LogProb, ...]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from leibler.divergence import Divergence
 from leibler.errors import RecipeError
 from leibler.estimate.credit import coefficients
-from leibler.objective.needs import LogProb, Need, sampled, sampled_needs
+from leibler.objective.needs import Comparison, LogProb, Need, sampled, sampled_needs
 from leibler.objective.rows import View, group_mean, group_spread, group_sum
 from leibler.objective.targets import Behaviour, Handle, Policy, Target
 
@@ -236,6 +236,25 @@ class LogRatio(Signal):
 
     def __call__(self, view: View) -> Tensor:
         return sampled(self.above, view.get) - sampled(self.below, view.get)
+
+
+@dataclass(frozen=True)
+class PerViolation(Signal):
+    """``1 / share`` for the mean of a share over the draw: turns a mean over all entries into one over those counted.
+
+    0 where nothing is counted: there is nothing to weigh.
+    """
+
+    share: Comparison
+    reach: ClassVar[Reach] = "batch"  # type: ignore[misc]
+
+    def needs(self) -> tuple[Need, ...]:
+        return (self.share,)
+
+    def __call__(self, view: View) -> Tensor:
+        share = view.get(self.share)
+        counted, of = view.total(share), view.total(torch.ones_like(share))
+        return torch.where(counted > 0, of / counted.clamp_min(1e-12), torch.zeros_like(counted))
 
 
 @dataclass(frozen=True)

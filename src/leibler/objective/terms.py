@@ -16,14 +16,14 @@ from leibler.divergence import Divergence
 from leibler.errors import RecipeError
 from leibler.estimate import Exact, value
 from leibler.estimate.estimators import Estimator
-from leibler.objective.needs import LogProb, Need, TokenDivergence, TokenEntropy, sampled, sampled_needs
+from leibler.objective.needs import Comparison, LogProb, Need, TokenDivergence, TokenEntropy, sampled, sampled_needs
 from leibler.objective.preference import Contrast, Link, Logistic, Pairs, Score
 from leibler.objective.reduce import Reduction, TokenMean
 from leibler.objective.rows import Rows, View
-from leibler.objective.signals import LogRatio, SequenceCredit, Signal
+from leibler.objective.signals import LogRatio, PerViolation, SequenceCredit, Signal
 from leibler.objective.soft import Soft
 from leibler.objective.surrogates import Clip, Surrogate
-from leibler.objective.targets import Old, Policy, Target
+from leibler.objective.targets import Handle, Old, Policy, Reference, Target
 
 Couples = Literal["token", "sequence", "group", "batch"]
 Units = tuple[Tensor, Tensor]
@@ -254,6 +254,46 @@ class Preference(Term):
     def loss(self, view: View) -> Units:
         z, weight = self.contrast(self.score(view), view.rows)
         return self.link(z), weight
+
+
+@dataclass(frozen=True)
+class MatchHidden(Term):
+    """Keeps the policy's last hidden states in the bands that another model's were in: the activation margin loss.
+
+    With ``per="violation"`` (as published) the loss is the sum of all violations over their number, so it is as large
+    for one entry that has left its band as for many; the number is that at the draw, over the whole batch. Mending
+    small violations can raise such a mean. ``per="entry"`` divides by all tokens times units. Source: Towards
+    Efficient Anti-Forgetting in Continual Learning of LLM via General Samples Replay (2025).
+
+    Attributes:
+        to: the model whose hidden states are kept.
+        band: the side module that knows the bands (a model rule `Measured`).
+        per: see above.
+    """
+
+    to: Handle = field(default_factory=Reference)
+    band: str = "band"
+    per: Literal["violation", "entry"] = "violation"
+
+    @property
+    def name(self) -> str:
+        return f"hidden({self.to.name})"
+
+    def needs(self) -> tuple[Need, ...]:
+        return (Comparison(self.band, self.to),)
+
+    def signals(self) -> tuple[Signal, ...]:
+        return (*self._per, *super().signals())
+
+    @property
+    def _per(self) -> tuple[Signal, ...]:
+        return (PerViolation(Comparison(self.band, self.to, 1)),) if self.per == "violation" else ()
+
+    def loss(self, view: View) -> Units:
+        weight = self._weights(view)
+        for signal in self._per:
+            weight = weight * view.signal(signal)
+        return view.get(Comparison(self.band, self.to)), weight
 
 
 @dataclass(frozen=True)

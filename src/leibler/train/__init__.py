@@ -4,9 +4,11 @@ Examples:
     >>> from leibler.train import Data, OnPolicy, Recipe, Schedule, fit
 """
 
+from leibler.train.episodes import Demonstrated, Episodes
 from leibler.train.loop import Run, fit
-from leibler.train.models import EMA, Frozen, ModelRule, Snapshot, Trained, ValueHead
+from leibler.train.models import EMA, Frozen, Measured, ModelRule, Snapshot, Trained, ValueHead
 from leibler.train.options import Options
+from leibler.train.pipeline import Pipeline, TrainingStage, recipes_of
 from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
 from leibler.train.repair import Repair
@@ -22,15 +24,20 @@ __all__ = [
     "BestAndWorst",
     "Context",
     "Data",
+    "Demonstrated",
+    "Episodes",
     "Fixed",
     "Frozen",
+    "Measured",
     "Mixture",
     "ModelRule",
     "MuteEqual",
     "OnPolicy",
     "Options",
+    "Pipeline",
     "RaiseOnWorse",
     "Recipe",
+    "Repair",
     "Replay",
     "Run",
     "Sampled",
@@ -39,8 +46,10 @@ __all__ = [
     "Snapshot",
     "Source",
     "Trained",
+    "TrainingStage",
     "ValueHead",
     "WinRate",
     "describe",
     "fit",
+    "recipes_of",
 ]

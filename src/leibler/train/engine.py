@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from leibler.divergence import SampledLogProb
 from leibler.errors import RecipeError
 from leibler.fused import Linear, TargetRows, Want, functionals, one_pass
 from leibler.fused.coarse import OtherVocabulary
-from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
+from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence
 from leibler.objective.objective import walk
 from leibler.objective.rows import Rows, View
 from leibler.objective.schedules import Hinge
@@ -91,6 +91,8 @@ class Engine:
         self.alignments = alignments or {}
         if lockstep and any(isinstance(n.to, Lift) for n in recipe.needs() if isinstance(n, TokenDivergence)):
             raise RecipeError("a lifted law takes passes that differ by process; train it without sharded weights.")
+        if lockstep and any(isinstance(n, Comparison) for n in recipe.needs()):
+            raise RecipeError("hidden states are compared within one process; train it without sharded weights.")
         self.stored = stored or {}
         self.most = most or (lambda n: n)
         self.average = average or (lambda parameters: None)
@@ -163,8 +165,8 @@ class Engine:
             at = _events_of(rows, index)
             hidden = self._event_hidden(model, self._seen(handle, part))
             for need in needs:
-                if isinstance(need, Output):
-                    out[need][at] = self.modules[need.module](hidden).to(self.dtype)
+                if isinstance(need, (Output, Comparison)):
+                    out[need][at] = self._side(need, hidden, part)
                 else:
                     want = [Want(SampledLogProb())]
                     value = functionals(self._linear(model, hidden), want, token=part.label, vocab=model.vocab_size)
@@ -330,9 +332,17 @@ class Engine:
             return None
         values: dict[Need, Tensor] = {}
         for need in plan.outputs:
-            rule: Any = self.recipe.models[need.module]
-            values[need] = self.modules[need.module](hidden if rule.spec.through else hidden.detach()).to(self.dtype)
+            values[need] = self._side(need, hidden, micro.rows)
         return self._sum(plan.side, micro.with_values(values), scales, log)
+
+    def _side(self, need: Output | Comparison, hidden: Tensor, rows: Rows) -> Tensor:
+        """A side module's number per event."""
+        module, rule = self.modules[need.module], cast(Any, self.recipe.models[need.module])
+        if isinstance(need, Output):
+            return module(hidden if rule.spec.through else hidden.detach()).to(self.dtype)
+        with torch.no_grad():
+            other = self._event_hidden(self._model(need.to), self._seen(need.to, rows))
+        return module(hidden, other)[need.number].to(self.dtype)
 
     # ---- pieces ---------------------------------------------------------------------------------------------------
 

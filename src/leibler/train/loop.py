@@ -16,7 +16,7 @@ from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import StepEnd, Validation
 from leibler.safety import printable
-from leibler.train import checkpoint, environment, rollouts, run_file, setup, sharding, stored
+from leibler.train import checkpoint, environment, pipeline, rollouts, run_file, setup, sharding, stored
 from leibler.train.aligned import alignments
 from leibler.train.engine import Engine
 from leibler.train.guarding import Guarding
@@ -25,8 +25,9 @@ from leibler.train.interrupt import interruptible
 from leibler.train.journal import Journal, speed
 from leibler.train.log import Progress
 from leibler.train.minibatches import Minibatches
-from leibler.train.models import Trained, resolve
+from leibler.train.models import Trained, measured, resolve
 from leibler.train.options import Options
+from leibler.train.pipeline import Pipeline
 from leibler.train.processes import Processes
 from leibler.train.recipe import Recipe
 from leibler.train.result import Run, finished
@@ -43,7 +44,7 @@ T = TypeVar("T")
 
 
 def fit(
-    recipe: Recipe | str,
+    recipe: Recipe | Pipeline | str,
     *,
     student: CausalLM | str | Path,
     data: Any,
@@ -60,7 +61,7 @@ def fit(
     """Train a model by a recipe.
 
     Args:
-        recipe: a `Recipe`, or the slug of a published one.
+        recipe: a `Recipe` or a `Pipeline`, or the slug of a published one.
         student: the model to train: a directory, a hub id or a `CausalLM` (which is trained in place).
         data: records (a file, ``task:NAME``, ``corpus:stdlib``, a Datasets object, a list of dicts), or a mapping of
             names to such when the recipe draws from several.
@@ -98,7 +99,12 @@ def fit(
 
         origin = origin or {"recipe": recipe}
         recipe = recipes.get(recipe)
-    out = Path(out)
+    out, models = Path(out), models or {}
+    if isinstance(recipe, Pipeline):
+        return pipeline.run(
+            *(recipe, fit, origin or {"recipe": "custom"}), student=student, teacher=teacher, models=models, data=data,
+            validation=validation, out=out, options=options, resume=resume, quiet=quiet,
+        )  # fmt: skip
     processes = Processes.start(options, out)
     options = replace(options, mixed_precision=processes.accelerator.mixed_precision)
     made = processes.from_main(lambda: setup.claim_directory(out, resume=resume))
@@ -106,14 +112,14 @@ def fit(
         return finished(out, options, quiet or not processes.main)
     try:
         trainer = _Trainer(
-            recipe, student, teacher, models or {}, data, validation, out, options, resume, quiet, processes
+            recipe, student, teacher, models, data, validation, out, options, resume, quiet, processes
         )
     except BaseException:
         if made and processes.main:
             setup.remove_empty(out)
         raise
     if not resume:
-        given = {"student": student, "teacher": teacher, "models": models or {}, "data": data, "validation": validation}
+        given = {"student": student, "teacher": teacher, "models": models, "data": data, "validation": validation}
         origin = origin or {"recipe": "custom"}
         # It stands before any process goes on: a kill from here on leaves a run that can be resumed.
         differs = processes.from_main(
@@ -218,6 +224,7 @@ class _Trainer:
         self.stored = stored.stored_models(recipe.models, given)
         live = {name: rule for name, rule in recipe.models.items() if name not in self.stored}
         self.models, self.modules = resolve(live, policy, given, options.align)
+        self.modules |= measured(live, policy, self.models, self.data)
         self.models["policy"] = policy
         stored.check(recipe, self.stored, policy, self.data, options.temperature)
         self.identity = run_file.identity(self.data, self.models, self.stored)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
-from leibler.errors import ModelError
+from leibler.errors import DataError, ModelError
+from leibler.represent.activation import ActivationBand
 from leibler.train.sharding import reshard
 
 if TYPE_CHECKING:
+    from leibler.data import Dataset
     from leibler.policy import CausalLM
 
 
@@ -23,6 +25,8 @@ class ModelRule:
     """
 
     source: str = "initial"
+    side: ClassVar[bool] = False
+    """True for what is no language model but a module beside the policy."""
 
     @property
     def moves(self) -> bool:
@@ -94,6 +98,7 @@ class ValueHead:
 class Trained(ModelRule):
     """A side module that is trained beside the policy."""
 
+    side: ClassVar[bool] = True
     spec: ValueHead = field(default_factory=ValueHead)
     learning_rate: float | None = None
     """None: the policy's."""
@@ -101,6 +106,42 @@ class Trained(ModelRule):
     @property
     def moves(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Measured(ModelRule):
+    """An `ActivationBand`: of each unit of a model's last hidden states, the mean plus and minus some deviations.
+
+    It is measured once, before the first step, at every response of a data set of the run.
+
+    Attributes:
+        data: the name of the data set.
+        of: the model; by default the policy's initial weights.
+        sigmas: how many standard deviations the band reaches either side of the mean.
+    """
+
+    side: ClassVar[bool] = True
+    data: str
+    of: str = "initial"
+    sigmas: float = 1.0
+
+    @property
+    def moves(self) -> bool:
+        return True  # in the checkpoint, so that a resumed run need not measure again
+
+    def measure(self, model: CausalLM, data: Dataset, rows: int = 16) -> ActivationBand:
+        """The band of a model's hidden states, which predict the tokens of every completion."""
+        from leibler.policy import right_pad
+
+        def states() -> Iterator[torch.Tensor]:
+            for start in range(0, len(data), rows):
+                records = [data[i] for i in range(start, min(start + rows, len(data)))]
+                pairs = [(model.encode_prompt(r.prompt), model.encode_completion(r.completion or "")) for r in records]
+                tokens, attention, mask = (x.to(model.device) for x in right_pad(pairs))
+                yield model(tokens, attention)[:, :-1][mask]
+
+        with torch.no_grad():
+            return ActivationBand.of(states(), self.sigmas).to(model.device)
 
 
 def _interpolate(model: nn.Module, policy: nn.Module, rate: float) -> None:
@@ -111,6 +152,33 @@ def _interpolate(model: nn.Module, policy: nn.Module, rate: float) -> None:
                 mine.copy_(theirs)
             else:
                 mine.lerp_(theirs, rate)
+
+
+def measured(
+    rules: Mapping[str, ModelRule], policy: CausalLM, models: Mapping[str, CausalLM], data: Mapping[str, Dataset]
+) -> dict[str, nn.Module]:
+    """The side modules of a recipe that are measured before the first step, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, rule in rules.items():
+        if isinstance(rule, Measured):
+            if rule.of != "initial" and rule.of not in models:
+                raise ModelError(f"the band {name!r} is to be measured of {rule.of!r}, which the recipe has not.")
+            if rule.data not in data:
+                raise DataError(f"the band {name!r} is measured on the data {rule.data!r}, which no source draws.")
+            found[name] = rule.measure(policy if rule.of == "initial" else models[rule.of], data[rule.data])
+    return found
+
+
+def source_of(name: str, rule: ModelRule, given: Container[str]) -> str:
+    """What stands behind a model's name: the model given by that name, or what its rule says.
+
+    Raises:
+        ModelError: neither was given.
+    """
+    if name in given or rule.source == "initial" or rule.source in given:
+        return name if name in given else rule.source
+    option = "teacher=DIR" if rule.source == "teacher" else f"models.{rule.source}=DIR"
+    raise ModelError(f"the recipe needs the model {rule.source!r}, which was not given; add {option}.")
 
 
 def resolve(
@@ -131,13 +199,9 @@ def resolve(
         if isinstance(rule, Trained):
             modules[name] = ValueModule(policy.hidden_size)
             continue
-        if name in given:
-            source = name
-        elif rule.source == "initial" or rule.source in given:
-            source = rule.source
-        else:
-            option = "teacher=DIR" if rule.source == "teacher" else f"models.{rule.source}=DIR"
-            raise ModelError(f"the recipe needs the model {rule.source!r}, which was not given; add {option}.")
+        if rule.side:
+            continue  # made once the data is at hand: see `measured`
+        source = source_of(name, rule, given)
         if source not in frozen:
             # The student itself may stand for another model too: then its weights of now are meant.
             itself = source == "initial" or given[source] is policy

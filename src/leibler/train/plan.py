@@ -8,11 +8,12 @@ from typing import Any, Literal
 from leibler.divergence import Entropy, SampledLogProb
 from leibler.divergence.rows import Functional
 from leibler.estimate import exactness
-from leibler.objective.needs import LogProb, Need, Output, TokenDivergence, TokenEntropy
+from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
 from leibler.objective.targets import Arithmetic, Geometric, Given, Handle, LogLinear, Old, Policy, Target
 from leibler.objective.terms import Match, Term
+from leibler.train.pipeline import STUDENT, Pipeline
 from leibler.train.recipe import Recipe
 from leibler.train.sources import Mixture, Staged
 
@@ -40,8 +41,8 @@ class StreamPlan:
     wants: tuple[Need, ...]
     targets: tuple[Target, ...]
     constants: tuple[LogProb, ...]
-    outputs: tuple[Output, ...]
-    drawn_outputs: tuple[Output, ...]
+    outputs: tuple[Output | Comparison, ...]
+    drawn_outputs: tuple[Output | Comparison, ...]
     substitute_old: bool
     kind: Kind
     survey: bool
@@ -92,16 +93,21 @@ def make_plan(recipe: Recipe, stream: str) -> StreamPlan:
         tuple(wants),
         tuple(targets),
         tuple(constants),
-        tuple(dict.fromkeys(n for n in term_needs if isinstance(n, Output))),
-        tuple(dict.fromkeys(n for n in signal_needs if isinstance(n, Output))),
+        tuple(dict.fromkeys(n for n in term_needs if isinstance(n, (Output, Comparison)))),
+        tuple(dict.fromkeys(n for n in signal_needs if isinstance(n, (Output, Comparison)))),
         substitute,
         kind,
         survey,
     )
 
 
-def describe(recipe: Recipe) -> str:
-    """The recipe, the plan of each stream, the models with their rules, and what is biased; for people."""
+def describe(recipe: Recipe | Pipeline) -> str:
+    """The recipe, the plan of each stream, the models with their rules, and what is biased; for people.
+
+    Of a pipeline, all that for each stage.
+    """
+    if isinstance(recipe, Pipeline):
+        return "\n\n".join(f"{_stage(recipe, name)}\n{describe(s.recipe)}" for name, s in recipe.stages.items())
     lines = ["Recipe", f"  source: {_short(recipe.source)}", *_schedule(recipe)]
     lines.append("  objective (a sum of terms)")
     for term in recipe.objective.terms:
@@ -128,6 +134,19 @@ def describe(recipe: Recipe) -> str:
     lines.append("Exactness")
     lines += [f"  {line}" for line in _exactness(recipe)]
     return "\n".join(lines)
+
+
+def _stage(pipeline: Pipeline, name: str) -> str:
+    """The heading of a stage: where it stands, what it starts from, what it reads, its part of the run."""
+    stage, shares = pipeline.stages[name], [s.share for s in pipeline.stages.values()]
+    lines = [f"Stage {pipeline.folders()[name]}", f"  trains: {_of(stage.start)}"]
+    lines += [f"  {model}: {_of(of)}" for model, of in stage.models.items()]
+    rate = "" if stage.learning_rate is None else f", learning rate {stage.learning_rate:g}"
+    return "\n".join([*lines, f"  steps: {stage.share / sum(shares):.0%} of the run's{rate}"])
+
+
+def _of(stage: str) -> str:
+    return "the student as given" if stage == STUDENT else f"the model that {stage} left"
 
 
 def _exactness(recipe: Recipe) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from leibler.errors import RecipeError
 from leibler.estimate import check, exactness, spelt
-from leibler.objective.needs import LogProb, Need, Output, TokenDivergence
+from leibler.objective.needs import Comparison, LogProb, Need, Output, OverVocabulary
 from leibler.objective.objective import Objective, walk
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Importance, Signal
 from leibler.objective.targets import Behaviour, Given, Handle, Old, Policy
 from leibler.objective.terms import Match, PolicyGradient, Term
-from leibler.train.models import Frozen, ModelRule, Trained
+from leibler.train.models import Frozen, Measured, ModelRule, Trained
 from leibler.train.sources import Origin, Source
 
 RESERVED = {"policy", "old", "behaviour"}
@@ -137,9 +137,10 @@ class Recipe:
 
     def _bind_sampler(self, term: Match, origin: Origin) -> Match:
         if origin.law is None:
+            held = "responses of no single law" if term.on in self.source.fresh() else "data"
             raise RecipeError(
                 f"{term.name} with {type(term.estimator).__name__}() needs sampled sequences, but its stream "
-                f"{term.on!r} holds data; use Exact(), or draw the stream with OnPolicy()."
+                f"{term.on!r} holds {held}; use Exact(), or draw the stream with OnPolicy()."
             )
         own = origin.law == Old() and not self.elsewhere
         fresh = own and self.schedule.single_use
@@ -184,7 +185,12 @@ class Recipe:
                     f"the objective reads the output of {need.module!r}, which no model rule trains; "
                     f"add models={{{need.module!r}: Trained(ValueHead())}}."
                 )
-            if isinstance(need, TokenDivergence):
+            if isinstance(need, Comparison) and not isinstance(self.models.get(need.module), Measured):
+                raise RecipeError(
+                    f"the objective compares hidden states by {need.module!r}, which nothing has measured; "
+                    f"add models={{{need.module!r}: Measured(data=NAME)}}."
+                )
+            if isinstance(need, OverVocabulary):
                 for handle in need.to.handles:
                     if handle.name in ("old", "behaviour"):
                         raise RecipeError(
@@ -211,6 +217,8 @@ class Recipe:
         for need in self.needs():
             if isinstance(need, LogProb):
                 found.add(need.of)
-            elif isinstance(need, TokenDivergence):
+            elif isinstance(need, OverVocabulary):
                 found |= set(need.to.handles)
+            elif isinstance(need, Comparison):
+                found.add(need.to)
         return found | {Policy()}

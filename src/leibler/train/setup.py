@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from leibler import durable
+from leibler.environment.dialogue import later_turns
 from leibler.errors import DataError, ModelError, RunError
 from leibler.objective.terms import Preference
 from leibler.safety import plain_name, refuse_links
@@ -79,22 +80,28 @@ def load_model(source: Any, options: Options, *, trained: bool, key: str) -> Cau
         raise ModelError(f"{key}={source}: {error}") from error
 
 
+def models_read(recipe: Recipe) -> set[str]:
+    """The names under which models can be given to a recipe."""
+    return {n for name, rule in recipe.models.items() if not rule.side for n in (name, rule.source)}
+
+
 def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """The models beside the student, or their teacher caches, by name; one that the recipe does not read stays out."""
-    read = {n for name, rule in recipe.models.items() if not isinstance(rule, Trained) for n in (name, rule.source)}
+    read = models_read(recipe)
     for name in models:
         if name not in read:
             known = ", ".join(sorted(read - {"initial"})) or "none"
             raise ModelError(f"models.{name} is not used by this recipe, which reads: {known}; leave it out.")
     for name in recipe.models:
         plain_name(name, "the model")  # its weights stand under its name in checkpoints
-    given = {name: _load(m, options, f"models.{name}") for name, m in models.items()}
+    given = {name: load_given(m, options, f"models.{name}") for name, m in models.items()}
     if teacher is not None and "teacher" in read:
-        given["teacher"] = _load(teacher, options, "teacher")
+        given["teacher"] = load_given(teacher, options, "teacher")
     return given
 
 
-def _load(given: Any, options: Options, key: str) -> Any:
+def load_given(given: Any, options: Options, key: str) -> Any:
+    """A model that is not trained, or the teacher cache that stands for it."""
     return opened(given) if is_stored(given) else load_model(given, options, trained=False, key=key)
 
 
@@ -114,9 +121,7 @@ def load_data(
         if name not in needed:
             known = ", ".join(needed) or "none"
             raise DataError(f"data.{name} is not used by this recipe, which draws from: {known}; leave it out.")
-    streams, read = recipe.source.streams(), recipe.source.stream_data()
-    compared = [t.on for t in recipe.objective.terms if isinstance(t, Preference) and t.on]
-    pairs = {name for stream in compared if streams[stream].law is None for name in read[stream]}
+    pairs = paired(recipe)
     loaded = {}
     for name, kind in needed.items():
         if name not in specs:
@@ -133,6 +138,13 @@ def load_data(
             data = replace(data, records=tuple(replace(r, chosen=None, rejected=None) for r in data.records))
         loaded[name] = data
     return loaded
+
+
+def paired(recipe: Recipe) -> set[str]:
+    """The data sets whose records must be pairs: a term compares their halves, or is about one of them."""
+    streams, read = recipe.source.streams(), recipe.source.stream_data()
+    about = [t.on for t in recipe.objective.terms if isinstance(t, Preference) or t.where in ("chosen", "rejected")]
+    return {name for stream in about if stream and streams[stream].law is None for name in read[stream]}
 
 
 def load_validation(
@@ -182,7 +194,8 @@ def optimizer(
     groups: list[dict[str, Any]] = [{"params": [p for p in policy.parameters() if p.requires_grad], "scale": 1.0}]
     for name, module in modules.items():
         rule = recipe.models[name]
-        assert isinstance(rule, Trained)
+        if not isinstance(rule, Trained):
+            continue
         scale = rule.learning_rate / options.learning_rate if rule.learning_rate else 1.0
         groups.append({"params": list(module.parameters()), "scale": scale})
     return torch.optim.AdamW(
@@ -201,8 +214,11 @@ def _length(record: Record, policy: CausalLM, new: int, *, labels: bool) -> int:
     not encoded twice.
     """
     answers = [t for t in (record.completion, record.chosen, record.rejected) if t is not None and labels]
-    bound = len(record.prompt.encode()) + max([new, *(len(t.encode()) for t in answers)]) + 8
+    later = later_turns(record) if answers else []
+    ends = len(later)  # each action is ended
+    answers += ["".join([*answers[:1], *(text + action for text, action in later)])] if later else []
+    bound = len(record.prompt.encode()) + max([new, *(len(t.encode()) for t in answers)]) + ends + 8
     if bound <= max_length(policy):
         return bound
     longest = max([new, *(len(policy.encode_completion(t)) for t in answers)])
-    return len(policy.encode_prompt(record.prompt)) + longest
+    return len(policy.encode_prompt(record.prompt)) + longest + ends

@@ -10,7 +10,7 @@ import torch
 from leibler.cache import PREFIX, TeacherCache
 from leibler.errors import RecipeError
 from leibler.fused import Coarse, TopK
-from leibler.objective.needs import LogProb, Need, TokenDivergence
+from leibler.objective.needs import Comparison, LogProb, Need, OverVocabulary, TokenDivergence, WholeRows
 from leibler.objective.objective import walk
 from leibler.objective.soft import Soft
 from leibler.objective.targets import Given, Handle, Target
@@ -92,6 +92,13 @@ def check(
             if not names:
                 continue
             name = min(names)
+            if isinstance(need, Comparison):
+                raise RecipeError(f"hidden states of {name!r} are compared, and a teacher cache has none; {_LIVE}")
+            if isinstance(need, WholeRows):
+                raise RecipeError(
+                    f"{term.name} couples whole rows of {name!r}, of which a teacher cache has the top k entries only; "
+                    f"{_LIVE}"
+                )
             if isinstance(need, LogProb) and isinstance(need.of, Given):
                 raise RecipeError(f"a teacher cache knows {name!r} after the texts' own prompts only; {_LIVE}")
             if isinstance(need, TokenDivergence) and need.to != Handle(name):
@@ -122,4 +129,6 @@ def _needs(term: Term) -> Iterator[Need]:
 def _names(need: Need) -> set[str]:
     if isinstance(need, LogProb):
         return {need.of.name}
-    return {h.name for h in need.to.handles} if isinstance(need, TokenDivergence) else set()
+    if isinstance(need, Comparison):
+        return {need.to.name}
+    return {h.name for h in need.to.handles} if isinstance(need, OverVocabulary) else set()
