@@ -111,9 +111,7 @@ def fit(
     if resume and (out / "final").exists() and checkpoint.latest(out / "checkpoints")[0] is None:
         return finished(out, options, quiet or not processes.main)
     try:
-        trainer = _Trainer(
-            recipe, student, teacher, models, data, validation, out, options, resume, quiet, processes
-        )
+        trainer = _Trainer(recipe, student, teacher, models, data, validation, out, options, resume, quiet, processes)
     except BaseException:
         if made and processes.main:
             setup.remove_empty(out)

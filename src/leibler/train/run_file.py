@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from leibler.cache import TeacherCache
     from leibler.data import Dataset
     from leibler.policy import CausalLM
+    from leibler.train.pipeline import Pipeline
 
 RUN_FILE = "run.yaml"
 COMMANDS = ("leibler", "__main__.py")
@@ -46,7 +47,7 @@ def write(
     origin: Mapping[str, Any],
     given: Mapping[str, Any],
     options: Options,
-    recipe: Recipe,
+    recipe: Recipe | Pipeline,
     identity: Mapping[str, Mapping[str, str]],
     device: torch.device | str = "cpu",
     processes: int = 1,
