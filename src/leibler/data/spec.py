@@ -1,33 +1,37 @@
-"""The grammar of made data: ``task:addition:digits=3,n=2000,seed=1`` and ``corpus:stdlib:length=400``."""
+"""The grammar of made data: ``task:addition:digits=3,n=2000,seed=1``, ``env:textworld:rooms=8`` and
+``corpus:stdlib:length=400``.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from leibler.data.corpus import stdlib
 from leibler.data.records import Dataset
-from leibler.data.tasks import TASKS, Task
+from leibler.data.tasks import TASKS
 from leibler.errors import DataError
 
 DEFAULT_N = 1000
 MOST_CHARACTERS = 1000
 CORPORA: dict[str, Callable[..., Dataset]] = {"stdlib": stdlib}
+FAMILIES = ("task:", "env:", "corpus:")
 
 
 def is_made(spec: str) -> bool:
-    """Whether a specification names a task or a corpus and not a file."""
-    return spec.startswith(("task:", "corpus:"))
+    """Whether a specification names a task, an environment or a corpus and not a file."""
+    return spec.startswith(FAMILIES)
 
 
 def make(spec: str, limit: int | None = None) -> Dataset:
-    """The data set that a ``task:`` or ``corpus:`` specification describes.
+    """The data set that a ``task:``, ``env:`` or ``corpus:`` specification describes.
 
     ``task:NAME[:key=value,...]`` takes the knobs of the task, ``n`` (1000), ``seed`` (0) and ``part``
-    (``all``, ``train`` or ``heldout``); ``corpus:stdlib[:key=value,...]`` the arguments of ``stdlib``.
+    (``all``, ``train`` or ``heldout``), and so does ``env:NAME`` with those of an environment;
+    ``corpus:stdlib[:key=value,...]`` takes the arguments of ``stdlib``.
 
     Raises:
         DataError: an unknown name or knob, or a value that does not fit.
@@ -42,27 +46,54 @@ are addition, countdown, brackets.
     """
     if len(spec) > MOST_CHARACTERS:
         raise DataError(f"{spec[:60]!r}... has {len(spec):,} characters; write it shorter.")
-    family, _, rest = spec.partition(":")
-    name, _, text = rest.partition(":")
-    known: Iterable[str] = TASKS if family == "task" else CORPORA
-    if name not in known:
-        noun, nouns = ("task", "tasks") if family == "task" else ("corpus", "corpora")
-        raise DataError(
-            f"there is no {noun} {name!r} in {spec!r}{_hint(name, known)}; the {nouns} are {', '.join(known)}."
-        )
-    if family == "task":
-        kinds = {f.name: type(f.default) for f in fields(TASKS[name])}  # type: ignore[arg-type]
-        values = _values(spec, text, kinds | {"n": int, "seed": int, "part": str})
+    if not spec.startswith("corpus:"):
+        made, values = configured(spec, n=int, seed=int, part=str)
         drawn = {key: values.pop(key) for key in ("seed", "part") if key in values}
         n = values.pop("n", DEFAULT_N if limit is None else limit)
-        task: Task = TASKS[name](**values)
-        return task.dataset(n if limit is None else min(n, limit), **drawn)
-    parameters = inspect.signature(CORPORA[name]).parameters.values()
+        return made(**values).dataset(n if limit is None else min(n, limit), **drawn)
+    made, text = _named(spec)
+    parameters = inspect.signature(made).parameters.values()
     kinds = {p.name: int if p.default is None else type(p.default) for p in parameters if p.name != "root"}
     values = _values(spec, text, kinds)
     if limit is not None:
         values["limit"] = min(limit, values.get("limit", limit))
-    return CORPORA[name](**values)
+    return made(**values)
+
+
+def configured(spec: str, **more: type) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the task or environment of a specification, and the values given for its knobs and for ``more``.
+
+    Raises:
+        DataError: an unknown name or knob, or a value that does not fit.
+    """
+    made, text = _named(spec)
+    return made, _values(spec, text, knobs(made) | more)
+
+
+def _named(spec: str) -> tuple[Callable[..., Any], str]:
+    """What a specification names, and the text of its knobs."""
+    family, _, rest = spec.partition(":")
+    name, _, text = rest.partition(":")
+    known, noun, nouns = _known(family)
+    if name not in known:
+        raise DataError(
+            f"there is no {noun} {name!r} in {spec!r}{_hint(name, known)}; the {nouns} are {', '.join(known)}."
+        )
+    return known[name], text
+
+
+def _known(family: str) -> tuple[Mapping[str, Callable[..., Any]], str, str]:
+    """What a family holds by name, and its words for one and for several."""
+    if family == "env":
+        from leibler.environment.registry import environments  # they stand on this package
+
+        return environments(), "environment", "environments"
+    return (TASKS, "task", "tasks") if family == "task" else (CORPORA, "corpus", "corpora")
+
+
+def knobs(made: Any) -> dict[str, type]:
+    """The knobs of a task or an environment, with their types."""
+    return {f.name: type(f.default) for f in fields(made)} if is_dataclass(made) else {}
 
 
 def _values(spec: str, text: str, kinds: dict[str, type]) -> dict[str, Any]:

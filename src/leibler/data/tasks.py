@@ -14,11 +14,12 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leibler.data.arithmetic import NotAnExpression, evaluate
 from leibler.data.hashing import digest, generator
+from leibler.data.knobs import Named
 from leibler.data.records import Dataset, Record
 from leibler.errors import DataError
 
@@ -42,14 +43,14 @@ def held_out(prompt: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Named, ABC):
     """A generator of problems with solutions, and the checker of an answer.
 
     A task is its knobs. A subclass says how one problem is drawn (``problem``), which answers are right (``correct``)
     and which characters occur (``alphabet``).
     """
 
-    name: ClassVar[str]
+    family: ClassVar[str] = "task"
 
     @property
     @abstractmethod
@@ -138,23 +139,6 @@ class Task(ABC):
             set()
         """
         return self.dataset(train, seed, "train"), self.dataset(heldout, seed, "heldout")
-
-    def spec(self, **more: object) -> str:
-        """The specification that makes this task again: its name, the knobs that differ from their defaults, ``more``.
-
-        Examples:
-            >>> Addition(digits=3).spec()
-            'task:addition:digits=3'
-        """
-        knobs = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
-        pairs = [*knobs, *more.items()]
-        text = ",".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in pairs)
-        return f"task:{self.name}" + (f":{text}" if text else "")
-
-    def _require(self, knob: str, low: int, high: int) -> None:
-        value = getattr(self, knob)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise DataError(f"task:{self.name} cannot take {knob}={value}; give a whole number from {low} to {high}.")
 
 
 @dataclass(frozen=True)

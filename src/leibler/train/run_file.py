@@ -19,6 +19,7 @@ import torch
 
 from leibler import durable
 from leibler.cache import PREFIX, fingerprint
+from leibler.data.spec import FAMILIES
 from leibler.errors import RunError
 from leibler.train.options import Options
 from leibler.train.recipe import Recipe
@@ -112,7 +113,7 @@ def _plain(value: Any) -> Any:
     named = getattr(value, "name", None)
     # Records read from a file or made by a task are told by its name; their hash tells whether it makes them again.
     if isinstance(named, str) and (
-        named.startswith(("task:", "corpus:", PREFIX)) or (Path(named).suffix and Path(absolute(named)).is_file())
+        named.startswith((*FAMILIES, PREFIX)) or (Path(named).suffix and Path(absolute(named)).is_file())
     ):
         return absolute(named)
     return f"<{type(value).__name__} given in memory>"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from leibler.environment.dialogue import encode_turns, later_turns
+from leibler.environment.dialogue import encode_turns, later_turns
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
 from leibler.objective.signals import Validation
@@ -142,6 +143,9 @@ def _next_records(data: Dataset, state: State, count: int, seed: int) -> tuple[l
 class Data(Source):
     """Records with their responses: a completion each, or a chosen and a rejected one (one group of two rows).
 
+    A record with the column ``turns`` is a dialogue: its completion is followed by pairs of a text that the player did
+    not write, which carries no loss, and the player's next action.
+
     Attributes:
         name: which of the run's data sets.
         rows: sequences per optimiser batch; None: the run's batch size.
@@ -163,7 +167,7 @@ class Data(Source):
         records, state = _next_records(data, state, max(wanted // 2, 1) if pairs else wanted, context.seed)
         records = [records[i] for i in context.share(len(records))]
         items: list[tuple[list[int], list[int]]] = []
-        group, role, owners = [], [], []
+        group, role, owners, silent = [], [], [], []
         encode = context.policy
         for number, (_, record) in enumerate(records):
             prompt = encode.encode_prompt(record.prompt)
@@ -171,12 +175,23 @@ class Data(Source):
             for text, kind in answers:
                 if text is None:
                     raise DataError(f"{record.source or data.name} has no completion to learn from; add the column.")
-                items.append((prompt, encode.encode_completion(text)))
+                tokens, between = encode_turns(encode, text, [] if pairs else later_turns(record), len(prompt))
+                items.append((prompt, tokens))
+                silent.append(between)
                 group.append(number)
                 role.append(kind)
                 owners.append(record)
-        rows = _rows(items, group, role, owners, context)
+        rows = silenced(_rows(items, group, role, owners, context), silent)
         return {"main": rows.with_columns(**{name: _column(name, rows) for name in self.columns})}, state
+
+
+def silenced(rows: Rows, spans: Sequence[Sequence[tuple[int, int]]]) -> Rows:
+    """Without events at tokens that others wrote: for each row, where they begin and end."""
+    mask = rows.mask.clone()
+    for row, parts in enumerate(spans):
+        for begin, end in parts:
+            mask[row, begin - 1 : end - 1] = False
+    return replace(rows, mask=mask)
 
 
 def _column(name: str, rows: Rows) -> torch.Tensor:
