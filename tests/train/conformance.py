@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from environment.made import Sums
 from leibler import recipes
 from leibler.data import Dataset, Record
 from leibler.objective import Rows, View
 from leibler.policy import CausalLM, character_tokenizer
 from leibler.policy.randomness import derived_seed
-from leibler.train import Context, Mixture, Recipe, Score, WinRate
+from leibler.train import Context, Episodes, Mixture, Recipe, Score, WinRate
 from leibler.train.engine import Engine
-from leibler.train.models import resolve
+from leibler.train.models import measured, resolve
 from leibler.train.sources import Source, Staged
 from leibler.train.tally import Step
 
@@ -116,7 +117,7 @@ def case(slug: str, fresh_rows: bool = False, **params: Any) -> Case:
 
 
 def scored(source: Source) -> Source:
-    """The source with its checkers replaced by fixed arbitrary rewards."""
+    """The source with its checkers replaced by fixed arbitrary rewards, and its environments by one of digits."""
     if isinstance(source, Staged):
         stage: Any = source.stage
         if isinstance(stage, Score):
@@ -126,6 +127,8 @@ def scored(source: Source) -> Source:
         return Staged(scored(source.source), stage)
     if isinstance(source, Mixture):
         return Mixture(tuple((name, scored(inner)) for name, inner in source.sources))
+    if isinstance(source, Episodes):
+        return replace(source, environment=Sums())
     return source
 
 
@@ -169,6 +172,10 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     given = {"teacher": tiny(1, padding=5), "base": tiny(2), "reference": tiny(3, padding=2), "previous": tiny(4)}
     given["teacher_base"] = tiny(5)
     models, modules = resolve(recipe.models, policy, given)
+    data = Dataset(tuple(records()), "made")
+    text = Dataset(tuple(Record(r.prompt, completion=r.completion) for r in records()), "text")
+    plain = Dataset(tuple(replace(r, chosen=None, rejected=None) for r in records()), "plain")
+    modules |= measured(recipe.models, policy, models, {"general": text})
     for number, module in enumerate(modules.values()):
         module.double()
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -176,13 +183,10 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
             for parameter in module.parameters():
                 parameter.normal_(std=0.5)
     models["policy"] = policy
-    data = Dataset(tuple(records()), "made")
-    text = Dataset(tuple(Record(r.prompt, completion=r.completion) for r in records()), "text")
-    plain = Dataset(tuple(replace(r, chosen=None, rejected=None) for r in records()), "plain")
     pairs = any(type(t).__name__ == "Preference" for t in recipe.objective.terms)
     context = Context(
         models=models,
-        data={"train": data if pairs else plain, "text": text},
+        data={"train": data if pairs else plain, "text": text, "general": text},
         seed=5,
         draw=0,
         step=STEP,

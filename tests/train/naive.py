@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leibler.objective import Rows
 from leibler.policy import CausalLM
-from train.conformance import STEP, TEMPERATURE, Case, Prepared
+from train.conformance import STEP, TEMPERATURE, Case, Prepared, records
 
 
 @dataclass
@@ -212,6 +212,16 @@ def rlad(t: dict[str, Table], group_size: int = 4, alpha: float = 0.5, epochs: i
     return main.mean(clipped(ratio, group_normalised(main)[:, None]))
 
 
+def tcod(
+    t: dict[str, Table], curriculum: str = "f2b", every: int = 5, start: int = 1, scale: float = 1.0
+) -> Tensor:
+    main = t["main"]
+    # Every turn's tokens and no other: the environment writes digits and "=", the policy's turns end with its end token.
+    logp = main.logp("policy")
+    old = logp.detach()
+    return -main.mean((logp - old).exp() * scale * (main.logp("teacher") - old))
+
+
 def delta_kd(t: dict[str, Table], alpha: float = 1.0, imitate: float = 0.5) -> Tensor:
     main = t["main"]
     p = main.law(main.made.policy)
@@ -341,16 +351,56 @@ def inpo(t: dict[str, Table], eta: float = 0.0075, tau: float = 0.0025, group_si
     return torch.stack([(up - down - 1 / (2 * eta)) ** 2 for up, down in _pairs(main, law)]).mean()
 
 
+def gere(
+    t: dict[str, Table], rows: int = 2, margin: float | None = 100.0, share: float = 0.5, sigmas: float = 1.0
+) -> Tensor:
+    """The activation margin loss by loops over tokens and units, with bands from unpadded passes over every text."""
+    general = t["general"]
+    nll = sft({"main": t["task"]}) + sft({"main": general})
+    if margin == 0:
+        return share * nll
+    made = general.made
+
+    def states(model: CausalLM, row: int) -> Tensor:
+        tokens, mask = general.rows.tokens[row : row + 1], general.rows.mask[row]
+        attention = general.rows.attention[row : row + 1].long()
+        return model.network.model(input_ids=tokens, attention_mask=attention).last_hidden_state[0, :-1][mask]
+
+    with torch.no_grad():
+        seen = []
+        for record in records():
+            ids = made.old.encode_prompt(record.prompt), made.old.encode_completion(str(record.completion))
+            whole = made.old.network.model(input_ids=torch.tensor([ids[0] + ids[1]])).last_hidden_state[0]
+            seen.append(whole[len(ids[0]) - 1 : -1])
+        every = torch.cat(seen)
+        mean, reach = every.mean(0), sigmas * every.std(0, unbiased=False)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for row in range(len(general.rows)):
+        with torch.no_grad():
+            stored = states(made.models["reference"], row)
+        for here, there in zip(states(made.policy, row), stored, strict=True):
+            for h, was, low, high in zip(here, there, mean - reach, mean + reach, strict=True):
+                if was >= high:
+                    lost = (high - h).clamp_min(0)
+                elif was <= low:
+                    lost = (h - low).clamp_min(0)
+                else:
+                    lost = (h - high).clamp_min(0) + (low - h).clamp_min(0)
+                total, count = total + lost, count + int(lost > 0)
+    return share * nll + (1.0 if margin is None else margin) * total / max(count, 1)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sft": sft, "kd": kd, "gkd": gkd, "akl": akl, "distillm": distillm, "minillm": minillm, "grpo": grpo,
     "kdrl": kdrl, "g-opd": g_opd,
     "rlad": rlad,
     "delta-kd": delta_kd,
+    "tcod": tcod,
     "dpkd": dpkd,
     "paced": paced,
     "recursive-meta-distillation": recursive_meta_distillation,
     "transfer-limits": transfer_limits,
-    "vocabulary-expansion": kd, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
+    "vocabulary-expansion": kd, "gere": gere, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
 }  # fmt: skip
 
 

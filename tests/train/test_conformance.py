@@ -10,7 +10,7 @@ import torch
 
 from leibler import recipes
 from leibler.divergence import ForwardKL
-from leibler.objective import Objective, Output, Rows, View
+from leibler.objective import Comparison, Objective, Output, Rows, View
 from leibler.objective.terms import Term
 from leibler.train import MuteEqual, Recipe
 from train import naive
@@ -32,6 +32,10 @@ VARIANTS = [
     case("paced", a=2.0, b=0.5, turn=1),
     case("paced", turn=10**6),
     case("recursive-meta-distillation", anchor=0.3, geometric=True),
+    case("gere", margin=None, rows=4),
+    case("gere", margin=0.0, sigmas=2.0),
+    case("tcod", curriculum="b2f", scale=0.5),
+    case("tcod", curriculum="none"),
     case("grpo", group_size=4, minibatches=2, epochs=2),
     case("grpo", group_size=4, coefficient=0.0),
     case("ppo", minibatches=1, epochs=1),
@@ -220,6 +224,8 @@ def recipe_needs(recipe: Recipe, term: Term) -> list[tuple[Any, ...]]:
     for need in alone.needs():
         if isinstance(need, Output):
             out.append((type("Named", (), {"name": need.module}),))
+        elif isinstance(need, Comparison):
+            out.append((type("Named", (), {"name": need.module}), need.to))
         elif hasattr(need, "to"):
             out.append(need.to.handles)
         elif hasattr(need, "of"):
