@@ -193,7 +193,7 @@ def environment_of(record: Record, given: Environment | None = None) -> tuple[En
 
     Args:
         record: with the columns ``environment`` and ``task``.
-        given: stands for the environment of records that name none, or another one.
+        given: is played whatever the record says; the prompt is the task of a record without one.
 
     Raises:
         DataError: the record names no task or no environment.
@@ -202,10 +202,10 @@ def environment_of(record: Record, given: Environment | None = None) -> tuple[En
 
     task, named = record.extra.get("task"), record.extra.get("environment")
     where = record.source or "a record"
+    if given is not None:
+        return given, task if isinstance(task, str) else record.prompt
     if not isinstance(task, str):
         raise DataError(f"{where} names no task of an environment; take env:NAME, or give the column 'task'.")
-    if given is not None:
-        return given, task
     if not isinstance(named, str):
         raise DataError(f"{where} names no environment; give the column 'environment', such as env:textworld.")
     return get(named), task
