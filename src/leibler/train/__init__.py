@@ -6,6 +6,7 @@ Examples:
 
 from leibler.train.episodes import Demonstrated, Episodes
 from leibler.train.loop import Run, fit
+from leibler.train.masking import Masked
 from leibler.train.models import EMA, Frozen, Measured, ModelRule, Snapshot, Trained, ValueHead
 from leibler.train.options import Options
 from leibler.train.pipeline import Pipeline, TrainingStage, recipes_of
@@ -15,6 +16,7 @@ from leibler.train.repair import Repair
 from leibler.train.replay import Fixed, Replay
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, MuteEqual, Score, WinRate
+from leibler.train.trajectories import Trajectories
 
 __all__ = [
     "EMA",
@@ -28,6 +30,7 @@ __all__ = [
     "Episodes",
     "Fixed",
     "Frozen",
+    "Masked",
     "Measured",
     "Mixture",
     "ModelRule",
@@ -46,6 +49,7 @@ __all__ = [
     "Snapshot",
     "Source",
     "Trained",
+    "Trajectories",
     "TrainingStage",
     "ValueHead",
     "WinRate",

@@ -25,7 +25,7 @@ from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Shaper, Signal, rollout_parts
 from leibler.objective.targets import Behaviour, Given, Handle, Lift, Old, Policy
 from leibler.objective.terms import Term
-from leibler.policy import CausalLM
+from leibler.policy import CausalLM, LanguageModel
 from leibler.policy.randomness import derived_seed
 from leibler.policy.vocabulary import Reading, TextAlignment
 from leibler.train.aligned import event_states, target_rows
@@ -365,7 +365,7 @@ class Engine:
         """``[batch length hidden]``, in the dtype of the model's head; ``read``: tokens, attention, soft tokens."""
         with self.autocast():
             hidden = model(*read)
-        unwrapped = model if isinstance(model, CausalLM) else self.models["policy"]
+        unwrapped = model if isinstance(model, LanguageModel) else self.models["policy"]
         return hidden.to(unwrapped.head()[0].dtype)
 
     def _states_of(self, name: str, tokens: Tensor, attention: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from leibler.train.guards import Guards
 from leibler.train.interrupt import interruptible
 from leibler.train.journal import Journal, speed
 from leibler.train.log import Progress
+from leibler.train.masking import check_kind
 from leibler.train.minibatches import Minibatches
 from leibler.train.models import Trained, measured, resolve
 from leibler.train.options import Options
@@ -224,6 +225,7 @@ class _Trainer:
         self.models, self.modules = resolve(live, policy, given, options.align)
         self.modules |= measured(live, policy, self.models, self.data)
         self.models["policy"] = policy
+        check_kind(recipe, self.models)
         stored.check(recipe, self.stored, policy, self.data, options.temperature)
         self.identity = run_file.identity(self.data, self.models, self.stored)
         if resume:

@@ -61,15 +61,15 @@ def remove_empty(out: Path) -> None:
     out.rmdir()
 
 
-def load_model(source: Any, options: Options, *, trained: bool, key: str) -> CausalLM:
-    """A model from a directory or hub id (a `CausalLM` passes)."""
-    from leibler.policy import CausalLM, Lora
+def load_model(source: Any, options: Options, *, trained: bool, key: str) -> Any:
+    """A model from a directory or hub id, of the kind that its configuration says (a `LanguageModel` passes)."""
+    from leibler.policy import LanguageModel, Lora, load
 
     adapter = Lora(rank=options.adapter_rank) if trained and options.adapter_rank else None
-    if isinstance(source, CausalLM):
+    if isinstance(source, LanguageModel):
         return source.adapted(adapter) if adapter else source
     try:
-        return CausalLM.load(
+        return load(
             source,
             dtype=getattr(torch, options.dtype),
             trust_remote_code=options.trust_remote_code,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -79,6 +79,9 @@ class Stage(Protocol):
 
 class Source:
     """Base of all sources."""
+
+    masked: ClassVar[bool] = False
+    """True if the events are masked positions, for a masked language model."""
 
     def streams(self) -> Mapping[str, Origin]:
         return {"main": Origin()}

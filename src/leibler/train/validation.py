@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from leibler.divergence import Entropy, ForwardKL, ReverseKL, SampledLogProb
 from leibler.fused import TargetRows, Want, functionals
 from leibler.train.aligned import event_states
+from leibler.train.masking import validate_masked
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
     from leibler.fused.coarse import OtherVocabulary
-    from leibler.policy import CausalLM
+    from leibler.policy import CausalLM, MaskedLM
     from leibler.policy.vocabulary import TextAlignment
 
 
@@ -31,6 +32,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean ``nll`` and ``entropy`` on completions, both KLs to the teacher if there is one, greedy ``accuracy``.
 
+    Of a masked language model: `validate_masked`.
+
     Args:
         models: ``policy`` and, if the run has one, ``teacher``.
         data: held-out records; the first ``limit`` are used.
@@ -45,6 +48,9 @@ def validate(
     records = data.records[:limit]
     out: dict[str, float] = {}
     try:
+        if policy.masked:
+            given = {"temperature": temperature, "max_new_tokens": max_new_tokens, "limit": limit}
+            return validate_masked(cast("MaskedLM", policy), data, **given)
         pairs = [
             (policy.encode_prompt(r.prompt), policy.encode_completion(text))
             for r in records
