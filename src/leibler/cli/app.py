@@ -284,6 +284,31 @@ def measure_accuracy(
 
 
 @_command(
+    "success",
+    "leibler measure success --model runs/tcod/final --data env:textworld:rooms=6,part=heldout,n=100",
+    to=measure,
+    runs_models=True,
+)
+def measure_success(
+    model: Annotated[str, typer.Option(help="The player: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help="Tasks: env:NAME, or a file with the columns environment and task.")],
+    samples: Annotated[int, typer.Option(help="Sampled episodes of each task; 0: only the greedy one.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest action.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    limit: _Limit = None,
+    json: _Json = False,
+) -> None:
+    """How many tasks of a multi-turn environment a model solves.
+
+    Greedy success, turns, and pass@k of sampled episodes.
+    """
+    from leibler.cli.measure import success_command
+
+    success_command(model, data, samples, temperature, max_new_tokens, seed, limit, json)
+
+
+@_command(
     "memorisation",
     "leibler measure memorisation --student runs/kd/final --teacher models/large --baseline runs/sft/final "
     "--data train.jsonl",

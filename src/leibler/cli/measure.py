@@ -47,6 +47,40 @@ def accuracy_command(
     show(found, as_json)
 
 
+def success_command(
+    model: str,
+    data: str,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Let a model play the tasks of an environment."""
+    from leibler.data import load
+    from leibler.measure import success
+    from leibler.policy import CausalLM
+    from leibler.train.log import Progress
+
+    records = load(data, limit=limit)
+    player = CausalLM.load(model)
+    progress = Progress(len(records) * (1 + samples), label="episodes")
+    try:
+        found = success(
+            player,
+            records,
+            samples,
+            temperature,
+            max_new_tokens,
+            seed,
+            after=lambda over: progress.update(over, {}, None),
+        )
+    finally:
+        progress.close()
+    show(found, as_json)
+
+
 def memorisation_command(
     student: str,
     teacher: str,

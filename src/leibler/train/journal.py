@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 4
 """Responses written down of each stream, at the steps where samples are."""
+TOLD = ("turns", "overflow")
+"""Columns of episodes whose means are metrics, beside the reward."""
 
 
 class Journal:
@@ -54,6 +56,9 @@ class Journal:
                 metrics["reward" + suffix] = reward
                 metrics.setdefault("reward", reward)
             metrics["length" + suffix] = self._mean(view.rows.length.float())
+            for name in TOLD:
+                if name in view.rows.columns:
+                    metrics[name + suffix] = self._mean(view.rows.columns[name])
         if self.main:
             self.metrics.write(step=step, **metrics)
             self.timings.write(step=step, seconds=seconds, tokens_per_second=speed(metrics, seconds))
