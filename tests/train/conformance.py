@@ -14,21 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from environment.made import Sums
 from leibler import recipes
 from leibler.data import Dataset, Record
 from leibler.objective import Rows, View
-from leibler.policy import CausalLM, character_tokenizer
+from leibler.policy import CausalLM, MaskedLM, character_tokenizer, tiny_masked
 from leibler.policy.randomness import derived_seed
 from leibler.train import Context, Episodes, Mixture, Recipe, Score, WinRate
 from leibler.train.engine import Engine
+from leibler.train.masking import reads_masked
 from leibler.train.models import measured, resolve
 from leibler.train.sources import Source, Staged
 from leibler.train.tally import Step
 
 TOKENIZER = character_tokenizer("0123456789+=")
+MASKED_TOKENIZER = tiny_masked(TOKENIZER, hidden=16, layers=1, heads=2).tokenizer
 TEMPERATURE = 0.8
 STEP = 3
 
@@ -64,6 +66,29 @@ def tiny(
             if parameter.dim() > 1:
                 parameter.mul_(loud)
     return CausalLM(network.to(dtype), tokenizer).eval()
+
+
+def tiny_filling(seed: int, *, padding: int = 0) -> MaskedLM:
+    """A model of the same size that fills in masked positions, in double precision."""
+    config = BertConfig(
+        vocab_size=len(MASKED_TOKENIZER) + padding,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=MASKED_TOKENIZER.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = BertForMaskedLM(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(12.0)
+    return MaskedLM(network.double(), MASKED_TOKENIZER).eval()
 
 
 def reward(records: Sequence[Record], texts: Sequence[str]) -> list[float]:
@@ -168,9 +193,10 @@ def prepare(chosen: Case) -> Prepared:
 
 def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = None) -> Prepared:
     """Draw and annotate a batch; ``moved`` is how far the policy goes from there (default: a little, if used again)."""
-    policy = tiny(0).requires_grad_(True)
-    given = {"teacher": tiny(1, padding=5), "base": tiny(2), "reference": tiny(3, padding=2), "previous": tiny(4)}
-    given["teacher_base"] = tiny(5)
+    make: Any = tiny_filling if reads_masked(recipe.source) else tiny
+    policy = make(0).requires_grad_(True)
+    given = {"teacher": make(1, padding=5), "base": make(2), "reference": make(3, padding=2), "previous": make(4)}
+    given["teacher_base"] = make(5)
     models, modules = resolve(recipe.models, policy, given)
     data = Dataset(tuple(records()), "made")
     text = Dataset(tuple(Record(r.prompt, completion=r.completion) for r in records()), "text")

@@ -390,6 +390,42 @@ def gere(
     return share * nll + (1.0 if margin is None else margin) * total / max(count, 1)
 
 
+def masked_law(model: Any, rows: Rows, temperature: float = TEMPERATURE) -> Tensor:
+    """Log-probabilities ``[batch, time, vocab]`` of what stands at the next position, seen from both sides."""
+    logits = model.network(input_ids=rows.tokens, attention_mask=rows.attention.long()).logits / temperature
+    logits[..., model.tokenizer.mask_token_id] = -math.inf
+    return logits[:, 1:, : model.vocab_size].log_softmax(-1)
+
+
+def llada(t: dict[str, Table], length: int) -> Tensor:
+    rows = t["main"].rows
+    law = masked_law(t["main"].made.policy, rows)
+    total = law.new_zeros(())
+    for i in range(len(rows)):
+        at = [k for k in range(law.shape[1]) if rows.tokens[i, k + 1] == t["main"].made.policy.tokenizer.mask_token_id]
+        bound = sum((law[i, k, rows.labels[i, k]] for k in at), law.new_zeros(()))
+        total = total - bound * length / len(at)
+    return total / len(rows)
+
+
+def tad(t: dict[str, Table], delta: int = 8, commit: int = 1) -> Tensor:
+    made, rows = t["main"].made, t["main"].rows
+    mask_id, other = made.policy.tokenizer.mask_token_id, rows.views["privileged"]
+    p, q = masked_law(made.policy, rows), masked_law(made.models["initial"], other).detach()
+    parts: dict[str, list[Tensor]] = {"near": [], "distant": []}
+    for i in range(len(rows)):
+        here = [k for k in range(p.shape[1]) if rows.tokens[i, k + 1] == mask_id]
+        there = [k for k in range(q.shape[1]) if other.tokens[i, k + 1] == mask_id]
+        for k, j in zip(here, there, strict=True):
+            if rows.columns["near"][i, k]:
+                parts["near"].append(-p[i, k, rows.labels[i, k]])
+            if rows.columns["distant"][i, k]:
+                support = [v for v in range(p.shape[2]) if v != mask_id]
+                parts["distant"].append((q[i, j].exp() * (q[i, j] - p[i, k]))[support].sum())
+    assert delta < 6 or not parts["distant"]
+    return sum((sum(part) / len(part) for part in parts.values() if part), p.new_zeros(()))
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "sft": sft, "kd": kd, "gkd": gkd, "akl": akl, "distillm": distillm, "minillm": minillm, "grpo": grpo,
     "kdrl": kdrl, "g-opd": g_opd,
@@ -400,6 +436,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "paced": paced,
     "recursive-meta-distillation": recursive_meta_distillation,
     "transfer-limits": transfer_limits,
+    "llada": llada,
+    "tad": tad,
     "vocabulary-expansion": kd, "gere": gere, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
 }  # fmt: skip
 

@@ -36,6 +36,8 @@ VARIANTS = [
     case("gere", margin=0.0, sigmas=2.0),
     case("tcod", curriculum="b2f", scale=0.5),
     case("tcod", curriculum="none"),
+    case("tad", delta=2),
+    case("tad", delta=0, commit=2),
     case("grpo", group_size=4, minibatches=2, epochs=2),
     case("grpo", group_size=4, coefficient=0.0),
     case("ppo", minibatches=1, epochs=1),
@@ -45,7 +47,8 @@ VARIANTS = [
     case("inpo", group_size=4, eta=0.5, tau=0.5),
 ]
 GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo")
-PLAIN = [case(slug, **({"group_size": 4} if slug in GROUPED else {})) for slug in recipes.names()]
+NEEDED: dict[str, dict[str, Any]] = {"llada": {"length": 8}, **{slug: {"group_size": 4} for slug in GROUPED}}
+PLAIN = [case(slug, **NEEDED.get(slug, {})) for slug in recipes.names()]
 CASES = [*PLAIN, *(v for v in VARIANTS if v not in PLAIN)]
 every_case = pytest.mark.parametrize("chosen", CASES, ids=lambda c: c.id)
 
@@ -127,6 +130,8 @@ def test_garbage_in_padding_changes_nothing(chosen: Case):
             attention=attention,
             mask=wider(rows.mask, (0, 3)),
             columns=columns,
+            labels=None if rows.labels is None else wider(torch.where(rows.mask, rows.labels, 5), (0, 3), value=4),
+            views={name: spoilt(view) for name, view in rows.views.items()},
         )
 
     drawn = {name: spoilt(rows) for name, rows in made.rows.items()}

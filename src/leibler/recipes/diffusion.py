@@ -33,8 +33,8 @@ def tad(
     """TAD: Temporal-Aware Trajectory Self-Distillation for Fast and Accurate Diffusion LLM (2026).
 
     In a masked state on the way of a decoding trajectory, tokens that the trajectory reveals within ``delta`` passes
-    are learned as labels, each mean over such tokens of the batch; at the other masked positions the law of the model as
-    it was at the start, which reads the gold answer too, is matched by the forward KL. The released code trains a
+    are learned as labels (a mean over all such tokens of the batch); at the other masked positions the law of the model
+    as it was at the start, which reads the gold answer too, is matched by the forward KL. The released code trains a
     low-rank adapter (``adapter_rank=128``), ``learning_rate=2e-5`` and batches of 32 for one epoch. A temperature for
     the KL alone, with the factor of its square, is not offered: the published one is 1.
 

@@ -20,7 +20,7 @@ from leibler.train.sources import Context, Origin, Source, State
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
-    from leibler.policy import LanguageModel, MaskedLM
+    from leibler.policy import MaskedLM
     from leibler.train.recipe import Recipe
 
 
@@ -34,16 +34,13 @@ def check_kind(recipe: Recipe, models: Mapping[str, Any]) -> None:
         models: all models by name, ``policy`` among them.
 
     Raises:
-        RecipeError: the recipe draws rows of both kinds.
+        RecipeError: see `reads_masked`.
         ModelError: a model that cannot read the recipe's rows.
     """
     from leibler.policy import LanguageModel
     from leibler.policy.loading import MASKED
 
-    kinds = {leaf.masked for leaf in _leaves(recipe.source)}
-    if len(kinds) > 1:
-        raise RecipeError("some of the recipe's rows are masked and others are not; no model reads both: mask all.")
-    masked = kinds == {True}
+    masked = reads_masked(recipe.source)
     for name, model in models.items():
         if not isinstance(model, LanguageModel) or model.masked == masked:
             continue
@@ -57,6 +54,18 @@ def check_kind(recipe: Recipe, models: Mapping[str, Any]) -> None:
             f"{who} fills in masked positions, and the recipe reads from left to right; use llada or tad, or draw "
             "masked rows with recipe.source='Masked(Data())'."
         )
+
+
+def reads_masked(source: Source) -> bool:
+    """Whether the rows of a source are for a masked language model.
+
+    Raises:
+        RecipeError: some of its rows are masked and others are not.
+    """
+    kinds = {leaf.masked for leaf in _leaves(source)}
+    if len(kinds) > 1:
+        raise RecipeError("some of the recipe's rows are masked and others are not; no model reads both: mask all.")
+    return True in kinds
 
 
 def _leaves(source: Source) -> Iterator[Source]:
