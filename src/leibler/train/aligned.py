@@ -11,7 +11,7 @@ from torch import Tensor
 from leibler.errors import RecipeError
 from leibler.fused import Linear, TargetRows
 from leibler.fused.coarse import OtherVocabulary
-from leibler.objective.needs import LogProb, TokenDivergence
+from leibler.objective.needs import LogProb, TokenDivergence, WholeRows
 from leibler.objective.targets import Given, Handle, Lift, Target
 from leibler.train.recipe import Recipe
 
@@ -49,6 +49,11 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
             raise RecipeError(
                 f"the recipe reads the log-prob of single tokens under {need.of.name!r}, whose tokenizer is not the "
                 "student's; align=text compares laws over the vocabulary: use the estimator Exact()."
+            )
+        if isinstance(need, WholeRows) and (found := {h.name for h in need.to.handles} & others.keys()):
+            raise RecipeError(
+                f"a term couples whole rows of {min(found)!r}, whose tokenizer is not the student's; match it by a "
+                "divergence, which align=text compares."
             )
         if isinstance(need, TokenDivergence):
             names = {handle.name for handle in need.to.handles}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,8 @@ from leibler.policy import CausalLM, LanguageModel
 from leibler.policy.randomness import derived_seed
 from leibler.policy.vocabulary import Reading, TextAlignment
 from leibler.train.aligned import event_states, target_rows
+from leibler.train.coupled import Coupling
+from leibler.train.coupled import check as check_coupled
 from leibler.train.minibatches import micro_batches
 from leibler.train.plan import StreamPlan, make_plan
 from leibler.train.recipe import Recipe
@@ -93,6 +96,7 @@ class Engine:
             raise RecipeError("a lifted law takes passes that differ by process; train it without sharded weights.")
         if lockstep and any(isinstance(n, Comparison) for n in recipe.needs()):
             raise RecipeError("hidden states are compared within one process; train it without sharded weights.")
+        check_coupled(recipe, lockstep)
         self.stored = stored or {}
         self.most = most or (lambda n: n)
         self.average = average or (lambda parameters: None)
@@ -127,7 +131,7 @@ class Engine:
             for handle, needs in by_model.items():
                 values.update(self._constants(handle, needs, rows))
             view = view.with_values(values)
-            for term in (*plan.terms, *plan.side):
+            for term in plan.every:
                 for signal in (part for whole in term.signals() for part in rollout_parts(whole)):
                     if signal not in view.signals:
                         view = view.with_signals({signal: signal(view)})
@@ -138,9 +142,7 @@ class Engine:
         step = Step({}, {})
         with torch.no_grad():
             for stream, plan in self.plans.items():
-                owners = dict.fromkeys(
-                    o for t in (*plan.terms, *plan.side) for _, o in walk(t) if isinstance(o, Shaper)
-                )
+                owners = dict.fromkeys(o for t in plan.every for _, o in walk(t) if isinstance(o, Shaper))
                 for owner in owners:
                     view = views.get(stream)
                     found = owner.measures(view) if view is not None and len(view.rows) else {}
@@ -187,7 +189,7 @@ class Engine:
             module.train()
         for stream, view in views.items():
             plan = self.plans[stream]
-            if plan.terms or plan.side:
+            if plan.every:
                 self._accumulate(plan, view, counts, log, step)
         self.average(p for m in (self.models["policy"], *self.modules.values()) for p in m.parameters())
         self._finish(views, counts, log, step)
@@ -205,17 +207,15 @@ class Engine:
         surveyed = self._survey(plan, view, cuts) if plan.survey or replay else None
         scales = self._scales(plan, view, surveyed, counts, step)
         cotangents = self._cotangents(plan, surveyed, scales, log) if replay and surveyed is not None else None
+        forward, vocab = partial(self._forward, plan, view), self.models["policy"].vocab_size
+        coupling = Coupling(plan, view, cuts, forward, scales, log, self.seed, vocab) if plan.coupled else None
         idle = self._fewer(cuts)
         for number, index in enumerate(cuts):
-            micro = view.select(index)
-            with self._dropout(view.step, plan.stream, number):
-                hidden = self._event_hidden(self.policy, micro.rows)
-                # Within: an adapter on the head drops units too.
-                model, targets = self._operands(plan, micro.rows, hidden)
+            micro, hidden, model, targets = forward(number, index)
             loss = self._side_loss(plan, micro, hidden, scales, log)
             log.aligned(plan, targets)
             wants = self._wants(plan)
-            options = {"token": micro.rows.label, "vocab": self.models["policy"].vocab_size}
+            options = {"token": micro.rows.label, "vocab": vocab}
             if cotangents is not None:
                 at = _events_of(view.rows, index)
                 total, values = one_pass(model, wants, targets, _replay(cotangents[:, at]), **options)
@@ -229,6 +229,8 @@ class Engine:
                 whole = micro.with_values(self._named(plan, values))
                 total = self._sum(plan.terms, whole, scales, log).sum()
                 log.values(plan, whole.detached())
+            if coupling is not None:
+                total = total + coupling.replay(number, model, targets)
             self.backward((total if loss is None else total + loss) * self.world)
         for _ in range(idle):
             hidden = self._idle_pass(self.policy)
@@ -236,6 +238,16 @@ class Engine:
             head = self._linear(self.models["policy"], hidden.flatten(0, -2))
             sums = [t.sum() for t in head.tensors if t is not None and t.requires_grad]
             self.backward(0.0 * sum(sums, torch.zeros((), device=self.device)))
+
+    def _forward(
+        self, plan: StreamPlan, view: View, number: int, index: Tensor
+    ) -> tuple[View, Tensor, Linear, list[TargetRows | OtherVocabulary]]:
+        """A micro-batch, its hidden states and the operands of its head pass."""
+        micro = view.select(index)
+        with self._dropout(view.step, plan.stream, number):
+            hidden = self._event_hidden(self.policy, micro.rows)
+            # Within: an adapter on the head drops units too.
+            return micro, hidden, *self._operands(plan, micro.rows, hidden)
 
     def _fewer(self, cuts: list[Tensor]) -> int:
         """How many passes fewer than the busiest process this one makes, where that matters."""
@@ -258,12 +270,9 @@ class Engine:
         idle = self._fewer(cuts)
         with torch.no_grad():
             for number, index in enumerate(cuts):
-                part = view.rows.select(index)
-                with self._dropout(view.step, plan.stream, number):
-                    hidden = self._event_hidden(self.policy, part)
-                    model, targets = self._operands(plan, part, hidden)
+                micro, _, model, targets = self._forward(plan, view, number, index)
                 total[:, _events_of(view.rows, index)] = functionals(
-                    model, self._wants(plan), targets, token=part.label, vocab=self.models["policy"].vocab_size
+                    model, self._wants(plan), targets, token=micro.rows.label, vocab=self.models["policy"].vocab_size
                 ).to(self.dtype)
             for _ in range(idle):
                 self._idle_pass(self.policy)
@@ -275,7 +284,7 @@ class Engine:
     ) -> dict[int, Tensor]:
         """``coefficient / count`` of each term."""
         scales = {}
-        for term in (*plan.terms, *plan.side):
+        for term in plan.every:
             number = id(term)
             if isinstance(term.coefficient, Hinge):
                 assert surveyed is not None

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from leibler.divergence import Entropy, SampledLogProb
 from leibler.divergence.rows import Functional
 from leibler.estimate import exactness
+from leibler.objective.coupled import Coupled
 from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
@@ -27,6 +28,7 @@ class StreamPlan:
     Attributes:
         terms: those that read the policy's rows over the vocabulary.
         side: those that read trained side modules only.
+        coupled: those of several rows over the vocabulary.
         wants: the policy's numbers per event, in the order of the head pass.
         targets: the distinct targets of the wants that have one.
         constants: log-probs that do not change during the draw, computed once per draw.
@@ -38,6 +40,7 @@ class StreamPlan:
     stream: str
     terms: tuple[Term, ...]
     side: tuple[Term, ...]
+    coupled: tuple[Coupled, ...]
     wants: tuple[Need, ...]
     targets: tuple[Target, ...]
     constants: tuple[LogProb, ...]
@@ -46,6 +49,10 @@ class StreamPlan:
     substitute_old: bool
     kind: Kind
     survey: bool
+
+    @property
+    def every(self) -> tuple[Term, ...]:
+        return (*self.terms, *self.side, *self.coupled)
 
     def functional(self, need: Need) -> tuple[Functional, int | None]:
         """The functional behind a want and the index of its target."""
@@ -66,14 +73,15 @@ def make_plan(recipe: Recipe, stream: str) -> StreamPlan:
     """The cheapest exact plan of one stream."""
     terms = [t for t in recipe.objective.terms if t.on == stream]
     head = tuple(t for t in terms if any(of_policy(n) for n in t.needs()))
-    side = tuple(t for t in terms if t not in head)
+    coupled = tuple(t for t in terms if isinstance(t, Coupled))
+    side = tuple(t for t in terms if t not in head and not isinstance(t, Coupled))
     # Signals of the step clock read the policy's current numbers; those of the rollout clock the draw's.
     term_needs = [n for t in terms for n in t.needs()]
     top = [s for t in terms for s in t.signals()]
     signal_needs = [n for s in top for n in s.needs()]
     wants = dict.fromkeys([n for n in (*term_needs, *signal_needs) if of_policy(n)])
     wants.setdefault(TokenEntropy(), None)
-    targets = dict.fromkeys(n.to for n in wants if isinstance(n, TokenDivergence))
+    targets = dict.fromkeys([*(n.to for n in wants if isinstance(n, TokenDivergence)), *(t.law for t in coupled)])
     needs_old_at_draw = LogProb(Old()) in [n for s in top for part in rollout_parts(s) for n in part.needs()]
     substitute = recipe.schedule.single_use and not needs_old_at_draw
     constants = dict.fromkeys(
@@ -90,6 +98,7 @@ def make_plan(recipe: Recipe, stream: str) -> StreamPlan:
         stream,
         head,
         side,
+        coupled,
         tuple(wants),
         tuple(targets),
         tuple(constants),
@@ -118,11 +127,16 @@ def describe(recipe: Recipe | Pipeline) -> str:
     lines.append("Plan")
     for stream in recipe.source.streams():
         plan = make_plan(recipe, stream)
-        if not (plan.terms or plan.side):
+        if not plan.every:
             continue
         read = dict.fromkeys(h for t in plan.targets for h in t.handles)
         lines.append(f"  {stream}: {plan.kind}" + (", after a survey of the optimiser batch" if plan.survey else ""))
         lines.append(f"    per token: {', '.join(_need(n) for n in plan.wants)}")
+        for term in plan.coupled:
+            lines.append(
+                f"    {term.name}: whole rows at {term.sites} events of each process at most, kept until all are read; "
+                "a pass without gradient before, where the batch is cut"
+            )
         if plan.constants:
             lines.append(f"    once per draw: {', '.join(_need(n) for n in plan.constants)}")
         forward, backward = 1 + len(read), 2
