@@ -11,6 +11,7 @@ from leibler.divergence.band import BandKL
 from leibler.divergence.base import Divergence
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
+from leibler.divergence.heated import Heated
 from leibler.divergence.kl import ForwardKL, Jeffreys, ReverseKL
 from leibler.divergence.mixtures import JensenShannon, SkewForwardKL, SkewReverseKL
 from leibler.divergence.pair import Pair, pair
@@ -33,6 +34,7 @@ __all__ = [
     "Entropy",
     "ForwardKL",
     "Functional",
+    "Heated",
     "Hellinger",
     "Jeffreys",
     "JensenShannon",
