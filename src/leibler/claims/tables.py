@@ -19,7 +19,7 @@ from leibler.claims.simplex import contexts, enumerate_sequences, prefixes, targ
 from leibler.data import Dataset, Record
 from leibler.fused import Linear
 from leibler.objective import SAMPLE, Handle, LogProb, Rows, StepEnd, View
-from leibler.train import Context, Mixture, Recipe, WinRate
+from leibler.train import Context, Mixture, Recipe, WinRate, recipes_of
 from leibler.train.engine import Engine
 from leibler.train.models import Trained
 from leibler.train.sources import Source, Staged
@@ -342,13 +342,13 @@ Build = Callable[..., Recipe]
 """Builds the recipe that a claim is about; a test hands the claim a broken one."""
 
 
-def of(slug: str) -> Build:
-    """The published recipe, with the method's parameters."""
+def of(slug: str, stage: str = "") -> Build:
+    """The published recipe (of one stage, where the method has several), with the method's parameters."""
 
     def build(**params: Any) -> Recipe:
         from leibler import recipes
 
-        return recipes.get(slug, **params)
+        return recipes_of(recipes.get(slug, **params))[stage]
 
     return build
 

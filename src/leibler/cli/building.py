@@ -11,12 +11,12 @@ from leibler.cli.expressions import MOST_CHARACTERS, NONSENSE, fault
 from leibler.errors import RecipeError
 
 if TYPE_CHECKING:
-    from leibler.train import Recipe
+    from leibler.train import Pipeline, Recipe
 
 PREFIX = "recipe."
 
 
-def recipe_from(slug: str, changes: Mapping[str, str]) -> Recipe:
+def recipe_from(slug: str, changes: Mapping[str, str]) -> Recipe | Pipeline:
     """Build a method's recipe with some of its parts changed.
 
     Args:

@@ -26,6 +26,8 @@ class Request:
     """What a command line, or a run file, asks for: everything `fit` wants, as plain data."""
 
     recipe: str
+    stage: str | None = None
+    """One stage of the recipe, by itself."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     student: str | None = None
     teacher: str | None = None
@@ -72,17 +74,23 @@ class Request:
 
     def run(self, *, resume: bool = False) -> Any:
         """Build the recipe and train."""
-        from leibler.train import Options, fit
+        from leibler.train import Options, fit, recipes_of
         from leibler.train.run_file import absolute
 
         recipe, options = recipe_from(self.recipe, self.overrides), Options(**self.options)
+        if self.stage is not None:
+            stages = recipes_of(recipe)
+            if self.stage not in stages:
+                raise RunError(f"{self.recipe} has no stage {self.stage!r}, but {', '.join(stages)}; restore the file.")
+            recipe = stages[self.stage]
         if self.student is None:
             raise RunError("no student was given; add student=DIR (a Transformers checkpoint or a hub id).")
         if not self.data:
             raise RunError("no data was given; add data=FILE or data=task:NAME.")
         if self.out is None:
             raise RunError("no run directory was given; add out=DIR.")
-        repeats = {} if self.repeats is None else {"repeats": absolute(self.repeats)}
+        more = {} if self.repeats is None else {"repeats": absolute(self.repeats)}
+        more |= {} if self.stage is None else {"stage": self.stage}
         return fit(
             recipe,
             student=absolute(self.student),
@@ -94,7 +102,7 @@ class Request:
             options=options,
             resume=resume,
             quiet=self.quiet,
-            origin={"recipe": self.recipe, "overrides": dict(self.overrides), **repeats},
+            origin={"recipe": self.recipe, "overrides": dict(self.overrides), **more},
         )
 
 
@@ -113,7 +121,8 @@ def from_file(path: Path, trusted: bool = False) -> Request:
     from leibler.train.run_file import read_run_file
 
     content = read_run_file(path)
-    texts: dict[str, str | None] = {k: _text(path, k, content.get(k)) for k in ("recipe", *SINGLE) if k != "data"}
+    plain = ("recipe", "stage", *(key for key in SINGLE if key != "data"))
+    texts: dict[str, str | None] = {k: _text(path, k, content.get(k)) for k in plain}
     data = content.get("data")
     data = _texts(path, "data", data if isinstance(data, dict) or data is None else {"train": data})
     models = _texts(path, "models", content.get("models"))
@@ -132,6 +141,7 @@ def from_file(path: Path, trusted: bool = False) -> Request:
         single[key] = None if text is None else _place(text, folder)
     return Request(
         recipe=str(texts["recipe"]),
+        stage=texts["stage"],
         overrides=_texts(path, "overrides", content.get("overrides")),
         models={name: _place(text, folder) for name, text in models.items()},
         data={name: _place(text, folder) for name, text in data.items()},
@@ -209,6 +219,7 @@ def train_command(recipe: str | None, arguments: list[str], resume: Path | None)
         trusted = _trusted(overrides.split([recipe, *arguments] if recipe and "=" in recipe else arguments))
         if (recipe is not None and "=" not in recipe) or trusted is None:
             raise RunError(f"--resume goes on with {resume} as it was begun; leave out {recipe!r} and what follows it.")
+        resume = _whole(resume)
         request = dataclasses.replace(from_file(resume, trusted), out=str(resume))
     elif recipe is None:
         raise RunError("no recipe was given; `leibler methods` lists them, and --resume DIR goes on with a run.")
@@ -243,8 +254,21 @@ def _trusted(changes: Mapping[str, str], others: bool = False) -> bool | None:
     return TRUST in changes and overrides.convert(changes[TRUST], bool, TRUST)
 
 
+def _whole(folder: Path) -> Path:
+    """The run that a stage's directory belongs to; any other directory itself."""
+    from leibler.train.run_file import RUN_FILE, read_run_file
+
+    parent = folder.absolute().parent
+    if not (folder / RUN_FILE).exists() or not (parent / RUN_FILE).exists():
+        return folder
+    stages = read_run_file(parent).get("stages")
+    return parent if isinstance(stages, list) and folder.absolute().name in stages else folder
+
+
 def _saved(out: Path) -> str:
-    found = sorted((out / "checkpoints").glob("step-*"))
+    found = sorted((out / "checkpoints").glob("step-*")) or sorted(out.glob("*/checkpoints/step-*"))
+    if not found and list(out.glob("*/final")):
+        return f"interrupted between stages; go on with: leibler train --resume {out}"
     if not found:
         return f"interrupted before the first checkpoint; nothing was saved in {out}"
     return f"interrupted; saved in {found[-1]}\ngo on with: leibler train --resume {out}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from leibler.demo.findings import findings
 from leibler.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TotalVariation
 from leibler.objective import Imitate, Match, Objective, Teacher
-from leibler.train import Data, Mixture, OnPolicy, Recipe, fit
+from leibler.train import Data, Mixture, OnPolicy, Pipeline, Recipe, fit
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -201,7 +201,7 @@ class _Stages:
         self.began = time.monotonic()
 
     def __call__(
-        self, name: str, what: str, recipe: Recipe, model: CausalLM, data: Mapping[str, Dataset], **options: Any
+        self, name: str, what: str, recipe: Recipe | Pipeline, model: CausalLM, data: Mapping[str, Dataset], **options: Any
     ) -> CausalLM:
         from leibler.policy import CausalLM
 

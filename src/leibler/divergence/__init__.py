@@ -9,6 +9,7 @@ from leibler.divergence.adaptive import AdaptiveKL
 from leibler.divergence.argmax import ArgmaxMargin
 from leibler.divergence.band import BandKL
 from leibler.divergence.base import Divergence
+from leibler.divergence.cross_entropy import ReverseCrossEntropy
 from leibler.divergence.functionals import Entropy, SampledLogProb
 from leibler.divergence.geometric import CauchySchwarz, TotalVariation
 from leibler.divergence.heated import Heated
@@ -42,6 +43,7 @@ __all__ = [
     "Power",
     "Renyi",
     "ReverseChiSquared",
+    "ReverseCrossEntropy",
     "ReverseKL",
     "Row",
     "RowFunction",

@@ -2,7 +2,8 @@
 
 from leibler.objective.advantages import GAE, Returns
 from leibler.objective.coupled import Coupled
-from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy, WholeRows
+from leibler.objective.filters import DeadZone, SameSign
+from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.objective import Objective
 from leibler.objective.preference import (
     AgainstHardest,
@@ -83,8 +84,9 @@ __all__ = [
     "Clip",
     "Clipped",
     "Column",
-    "Coupled",
     "Comparison",
+    "Coupled",
+    "DeadZone",
     "EntropyBonus",
     "Fit",
     "Geometric",
@@ -124,6 +126,7 @@ __all__ = [
     "Returns",
     "Reward",
     "Rows",
+    "SameSign",
     "SequenceMean",
     "Shaper",
     "Signal",

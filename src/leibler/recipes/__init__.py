@@ -16,7 +16,7 @@ from leibler.errors import RecipeError
 from leibler.recipes.registry import METHODS, Method
 
 if TYPE_CHECKING:
-    from leibler.train import Recipe
+    from leibler.train import Pipeline, Recipe
 
 __all__ = ["METHODS", "Method", "find", "function", "get", "names"]
 
@@ -53,7 +53,7 @@ def find(slug: str) -> Method:
     raise RecipeError(f"'{slug}' is not a known method{hint}; see `leibler methods`.")
 
 
-def function(slug: str) -> Callable[..., Recipe]:
+def function(slug: str) -> Callable[..., Recipe | Pipeline]:
     """The function that builds a recipe; its keyword parameters are the method's.
 
     Raises:
@@ -66,8 +66,8 @@ def function(slug: str) -> Callable[..., Recipe]:
     return getattr(importlib.import_module(f"leibler.recipes.{module}"), name)
 
 
-def get(slug: str, **params: Any) -> Recipe:
-    """The recipe of a published method.
+def get(slug: str, **params: Any) -> Recipe | Pipeline:
+    """The recipe of a published method; a pipeline of recipes, where it has several stages.
 
     Args:
         slug: one of `names`.

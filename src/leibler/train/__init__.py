@@ -15,7 +15,7 @@ from leibler.train.recipe import Recipe, Schedule
 from leibler.train.repair import Repair
 from leibler.train.replay import Fixed, Replay
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
-from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, MuteEqual, Score, WinRate
+from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, Keep, MuteEqual, Score, WinRate
 from leibler.train.trajectories import Trajectories
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Episodes",
     "Fixed",
     "Frozen",
+    "Keep",
     "Masked",
     "Measured",
     "Mixture",

@@ -178,6 +178,19 @@ class BestAndWorst:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """Keeps the rows of one role, ``"chosen"`` say, or those with an event in a column of 0 and 1.
+
+    What no term is about need not be read: half of a pair where only the other half is imitated.
+    """
+
+    where: str
+
+    def __call__(self, rows: Rows, context: Context) -> Rows:
+        return rows.select(rows.inside(self.where).any(dim=1).nonzero()[:, 0])
+
+
+@dataclass(frozen=True)
 class MuteEqual:
     """Mutes groups whose rewards are all equal: no loss, but they stay in the denominators."""
 

@@ -84,6 +84,16 @@ def is_demo(path: Path) -> bool:
     return (path / DEMO_FILE).is_file()
 
 
+def stages(path: Path) -> list[Path]:
+    """The directories of the stages that a run in several has begun; none for any other run, or what is no run."""
+    if not (path / RUN_FILE).is_file():
+        return []
+    named = read_run_file(path).get("stages")
+    folders = [path / str(name) for name in named] if isinstance(named, list) else []
+    # A name from elsewhere must not lead out of the run.
+    return [folder for folder in folders if folder.parent == path and (folder / "metrics.jsonl").is_file()]
+
+
 def read_run(path: Path) -> Recorded:
     """Read a run directory.
 

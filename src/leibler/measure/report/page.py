@@ -53,6 +53,14 @@ def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) 
     run_dir = Path(run_dir)
     if collect.is_demo(run_dir):
         content = demo.sections(run_dir, collect.read_demo(run_dir))
+    elif stages := collect.stages(run_dir):
+        runs = []
+        for folder in stages:
+            recorded = collect.read_run(folder)
+            # What the run is about is the last stage's model; the others are a way to it.
+            measured = measure(recorded, evaluation) if folder == stages[-1] else None
+            runs.append(run.section(recorded, measured, folder.name, f"{recorded.run.get('recipe')}, {folder.name}"))
+        content = {"title": str(recorded.run.get("recipe")), "demo": None, "runs": runs}
     else:
         recorded = collect.read_run(run_dir)
         section = run.section(recorded, measure(recorded, evaluation))
