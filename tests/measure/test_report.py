@@ -635,3 +635,14 @@ def test_a_table_takes_the_last_of_two_rows_with_one_step():
     table = collect.table(rows)
     assert table.steps == (1.0, 2.0)
     assert table.columns == {"a": (5.0, math.inf)}
+
+
+def test_a_divergence_inside_the_reward_is_shown_per_response(tmp_path):
+    name = "divergence_per_sequence/InReward"
+    rows = [{"step": i, "loss": 1.0, name: i / 10, "reward": i / 5} for i in range(1, 5)]
+    recorded = collect.read_run(made(tmp_path / "r", rows))
+    found = reward_against_divergence(recorded)
+    assert found["head"] == ("The front", "Divergence inside the reward", "Reward")
+    assert "nats per response" in str(found["chart"])
+    labels = [card["label"] for card in section(recorded, None)["headline"]]
+    assert "Divergence inside the reward" in labels

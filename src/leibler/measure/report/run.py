@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from leibler.measure.report import again, figures, views
-from leibler.measure.report.collect import Recorded, mapping
+from leibler.measure.report.collect import Recorded, Table, mapping
 from leibler.measure.report.figures import Axis, Series
 from leibler.measure.report.measured import Measured
 from leibler.measure.report.words import SHARES, duration, ends, number, percent, spell, unit
@@ -99,8 +99,8 @@ def _headline(recorded: Recorded) -> list[dict[str, str]]:
         add("Accuracy", validation.columns["accuracy"], "share right", share=True, held_out=True)
     if "reward" in metrics.columns:
         add("Reward", metrics.columns["reward"], "mean per response")
-    for name, values in list(metrics.named("divergence/").items())[:2]:
-        add(spell(name), values, unit(name))
+    for name, column in list(_divergences(metrics).items())[:2]:
+        add(spell(name), metrics.columns[column], unit(name))
     if "nll" in validation.columns:
         add(spell("nll"), validation.columns["nll"], unit("nll"), held_out=True)
     if "entropy" in metrics.columns:
@@ -108,6 +108,12 @@ def _headline(recorded: Recorded) -> list[dict[str, str]]:
     if "loss" in metrics.columns:
         add("Loss", metrics.columns["loss"], "")
     return cards[:4]
+
+
+def _divergences(metrics: Table) -> dict[str, str]:
+    """The columns of measured divergences, by the names to be shown: per token, then per response."""
+    short = {name.removeprefix("divergence/"): name for name in metrics.columns if name.startswith("divergence/")}
+    return short | {name: name for name in metrics.columns if name.startswith("divergence_per_sequence/")}
 
 
 # -- curves ----------------------------------------------------------------------------------------------------------
@@ -136,7 +142,7 @@ def _groups(recorded: Recorded) -> list[tuple[str, list[Markup]]]:
         if any(_same(columns[name], twin) for twin in twins if twin is not None):
             columns.pop(name)
     take(begin("reward"), 3)
-    take([name for name in columns if name.startswith("divergence/")], 2, "divergence/")
+    take(list(_divergences(recorded.metrics).values()), 2, "divergence/")
     take(["loss"], 1)
     take(terms, 1, "loss/", "Loss term: ")
     take([*begin("entropy"), *begin("length")], 4)
@@ -175,10 +181,10 @@ def _validation(recorded: Recorded) -> list[Markup]:
 def reward_against_divergence(recorded: Recorded) -> dict[str, Any]:
     """What the model earned against how far it had gone, with the points that no other beats; or why not."""
     metrics, validation = recorded.metrics, recorded.validation
-    divergences = list(metrics.named("divergence/"))
+    divergences = _divergences(metrics)
     if "reward" in metrics.columns and divergences:
-        name = next((d for d in divergences if "reference" in d), divergences[0])
-        steps, x, y = metrics.steps, metrics.columns[f"divergence/{name}"], metrics.columns["reward"]
+        name = next((d for d in divergences if "reference" in d), next(iter(divergences)))
+        steps, x, y = metrics.steps, metrics.columns[divergences[name]], metrics.columns["reward"]
         gain, gain_unit, share = "Reward", "mean per response", False
     else:
         names = [n for n in validation.columns if "(" in n]

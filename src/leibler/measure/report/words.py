@@ -26,9 +26,11 @@ _SPELT = {
     "nll": "Negative log-likelihood",
     "ece": "Calibration error",
     "policy_gradient": "Policy gradient",
+    "divergence_per_sequence/InReward": "Divergence inside the reward",
 }
 _UNITS = {
     "nll": "nats per token",
+    "divergence_per_sequence": "nats per response",
     "entropy": "nats per token",
     "length": "tokens per response",
     "tokens": "tokens per step",
@@ -51,6 +53,8 @@ def spell(name: str) -> str:
         >>> spell("ReverseKL(reference)"), spell("ForwardKL(teacher)@task"), spell("grad_norm"), spell("pass@8")
         ('Reverse KL to reference', 'Forward KL to teacher, task', 'Grad norm', 'Pass@8')
     """
+    if name in _SPELT:
+        return _SPELT[name]
     base, inside, stream = _PARTS.fullmatch(name).groups()  # type: ignore[union-attr]  # it matches every text
     spelt = _SPELT.get(base)
     if spelt is None:
