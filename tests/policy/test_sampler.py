@@ -306,6 +306,25 @@ def test_models_without_a_key_value_cache_are_refused(make_network, tokenizer) -
         sample(model, [[5]], uniforms=uniforms(0, "test", 0, rows=1, n=2))
 
 
+def test_limits_of_their_own_cut_rows_and_change_no_draw(any_model: CausalLM, prompts: list[list[int]]) -> None:
+    numbers = uniforms(2, "limits", 0, rows=2 * len(prompts), n=7)
+    whole = sample(any_model, prompts, uniforms=numbers, group_size=2)
+    limits = [1 + 2 * i % 7 for i in range(len(prompts))]
+    cut = sample(any_model, prompts, uniforms=numbers, group_size=2, limits=limits)
+    for i, (long, short) in enumerate(zip(whole.completions(), cut.completions(), strict=True)):
+        assert short == long[: limits[i // 2]]
+        assert bool(cut.finished[i]) == (bool(whole.finished[i]) and len(long) <= limits[i // 2])
+    # A row's own limit counts against the context, not the padding before it.
+    room = any_model.context - len(prompts[0])
+    two = [prompts[0], prompts[0] * 2]
+    sample(any_model, two, uniforms=uniforms(2, "limits", 0, 2, room), limits=[room, room - len(prompts[0])])
+    with pytest.raises(ModelError):
+        sample(any_model, two, uniforms=uniforms(2, "limits", 0, 2, room), limits=[room, room])
+    for wrong in ([1], [0, 1], [1, room + 1]):
+        with pytest.raises(DataError, match=f"limits must be 2 numbers from 1 to {room}, one per prompt"):
+            sample(any_model, two, uniforms=uniforms(2, "limits", 0, 2, room), limits=wrong)
+
+
 def test_nothing_to_sample(model: CausalLM) -> None:
     assert sample(model, [], uniforms=torch.zeros(0, 5, dtype=torch.float64)).completions() == []
     assert sample(model, [[5]], uniforms=torch.zeros(1, 0, dtype=torch.float64)).completions() == [[]]

@@ -124,6 +124,7 @@ class VllmRollouts:
         temperature: float = 1.0,
         top_p: float | None = None,
         group_size: int = 1,
+        limits: Sequence[int] | None = None,
     ) -> Samples:
         """``group_size`` completions of each prompt, as `leibler.policy.sample` gives them.
 
@@ -131,7 +132,7 @@ class VllmRollouts:
             model: says which tokens stop and pad, and how many there are.
             prompts: token ids.
             seeds: one number per prompt, below 2^48; the completions of a prompt are numbered from it by vLLM.
-            max_new_tokens, temperature, top_p, group_size: as for `leibler.policy.sample`.
+            max_new_tokens, temperature, top_p, group_size, limits: as for `leibler.policy.sample`.
 
         Raises:
             RunError: the engine cannot be reached, refuses, or answers with something that cannot be used.
@@ -144,11 +145,11 @@ class VllmRollouts:
                 "seed": seed,
                 "temperature": temperature,
                 "top_p": 1.0 if top_p is None else top_p,
-                "max_tokens": max_new_tokens,
+                "max_tokens": most,
                 "stop_token_ids": list(model.stop_ids),
                 "logprobs": 0,
             }
-            for seed in seeds
+            for seed, most in zip(seeds, limits or [max_new_tokens] * len(seeds), strict=True)
         ]
         completions = self.engine.complete(prompts, settings)
         longest = max((len(c.tokens) for c in completions), default=0)

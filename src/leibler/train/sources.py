@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 
 from leibler.environment.dialogue import encode_turns, later_turns
-from leibler.environment.dialogue import encode_turns, later_turns
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
 from leibler.objective.signals import Validation
@@ -284,35 +283,13 @@ class OnPolicy(Source):
         return {self.prompts: "prompts"}
 
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
-        from leibler.policy import sample
-        from leibler.policy.randomness import derived_seed, uniforms
-
         data = context.dataset(self.prompts)
         count = max((self.rows or context.rows) // self.group_size, 1)
         records, state = _next_records(data, state, count, context.seed)
         mine = list(context.share(count))
         records = [records[i] for i in mine]
         prompts = [context.policy.encode_prompt(r.prompt) for _, r in records]
-        longest = self.max_new_tokens or context.max_new_tokens
-        temperature = context.temperature if self.temperature is None else self.temperature
-        if context.rollouts is not None and self.sampler in (Old(), Policy()):
-            context.rollouts.follow(context.policy, context.step)
-            out = context.rollouts.sample(
-                context.policy,
-                prompts,
-                seeds=[derived_seed(context.seed, "rollout", context.draw, i, bits=48) for i in mine],
-                max_new_tokens=longest,
-                temperature=temperature,
-                group_size=self.group_size,
-            )
-        else:
-            # One table of uniforms for the whole draw, so that the number of processes changes nobody's draw.
-            table = uniforms(context.seed, "rollout", context.draw, count * self.group_size, longest)
-            picks = torch.tensor(
-                [i * self.group_size + g for i in mine for g in range(self.group_size)], dtype=torch.long
-            )
-            law = _sampling_law(self.sampler, context)
-            out = sample(law, prompts, uniforms=table[picks], temperature=temperature, group_size=self.group_size)
+        out = self.respond(context, prompts, mine, "rollout", self.group_size)
         completions = [t[m].tolist() for t, m in zip(out.tokens, out.mask, strict=True)]
         group = [i for i in range(len(records)) for _ in range(self.group_size)]
         owners = [r for _, r in records for _ in range(self.group_size)]
@@ -320,6 +297,59 @@ class OnPolicy(Source):
         rows = _rows(items, group, [SAMPLE] * len(group), owners, context)
         logp = torch.zeros(rows.mask.shape).masked_scatter(rows.mask, out.logp[out.mask].float())
         return {"main": rows.with_columns(behaviour_logp=logp, finished=out.finished.float())}, state
+
+    def longest(self, context: Context) -> int:
+        """The largest number of new tokens."""
+        return self.max_new_tokens or context.max_new_tokens
+
+    def respond(
+        self,
+        context: Context,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        purpose: str,
+        group_size: int = 1,
+        limits: Sequence[int] | None = None,
+    ) -> Samples:
+        """``group_size`` responses to each prompt, by the law and settings of this source.
+
+        Args:
+            context: of the draw.
+            prompts: token ids.
+            numbers: of the prompts among those of all processes; with ``purpose``, draw and seed they determine what
+                is drawn, so that the number of processes changes nobody's draw.
+            purpose: what the responses are for.
+            group_size: responses to each prompt.
+            limits: the largest number of new tokens for each prompt, where it is less than `longest`.
+        """
+        from leibler.policy import sample
+        from leibler.policy.randomness import derived_seed, uniforms
+
+        longest = self.longest(context)
+        temperature = context.temperature if self.temperature is None else self.temperature
+        if context.rollouts is not None and self.sampler in (Old(), Policy()):
+            context.rollouts.follow(context.policy, context.step)
+            return context.rollouts.sample(
+                context.policy,
+                prompts,
+                seeds=[derived_seed(context.seed, purpose, context.draw, i, bits=48) for i in numbers],
+                max_new_tokens=longest,
+                temperature=temperature,
+                group_size=group_size,
+                limits=limits,
+            )
+        tables = [
+            uniforms(context.seed, purpose, context.draw, group_size, longest, first_row=i * group_size)
+            for i in numbers
+        ]
+        return sample(
+            _sampling_law(self.sampler, context),
+            prompts,
+            uniforms=torch.cat(tables) if tables else torch.zeros(0, longest, dtype=torch.float64),
+            temperature=temperature,
+            group_size=group_size,
+            limits=limits,
+        )
 
 
 def Sampled(model: str, group_size: int = 1, **options: Any) -> OnPolicy:
