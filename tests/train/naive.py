@@ -328,6 +328,69 @@ def dpo(t: dict[str, Table], beta: float = 0.1, smoothing: float = 0.0) -> Tenso
     return torch.stack(losses).mean()
 
 
+def heated(law: Tensor, temperature: float) -> Tensor:
+    return (law / temperature).log_softmax(-1)
+
+
+def sinkd(
+    t: dict[str, Table], transport: float = 0.5, eps: float = 0.1, debiased: bool = False, batch_wise: bool = True,
+    kl_weight: float = 1.0, iterations: int = 20, temperature: float = 2.0,
+) -> Tensor:  # fmt: skip
+    """Scaling rows and columns of the kernel itself in turn, as in the released code, but of mass 1."""
+    main = t["main"]
+    law, teacher = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    p, q = heated(law, temperature), heated(teacher, temperature)
+    loss = -main.mean(main.taken(law)) + kl_weight * temperature**2 * main.mean(kl(q, p))
+    if not batch_wise:
+        return loss + transport * main.mean((p.exp() - q.exp()).abs().sum(-1))
+
+    def cost(a: Tensor, b: Tensor) -> Tensor:
+        distance = (a[:, None] - b[None]).abs().sum(-1)
+        plan = torch.exp(-distance / eps)
+        for _ in range(iterations):
+            plan = plan / plan.sum(1, keepdim=True)
+            plan = plan / plan.sum(0, keepdim=True)
+        return (plan * distance).sum() / len(a)
+
+    a, b = p.exp()[main.rows.mask], q.exp()[main.rows.mask]
+    value = cost(a, b) - (cost(a, a) + cost(b, b)) / 2 if debiased else cost(a, b)
+    return loss + transport * value
+
+
+def scrg_dac_kl(
+    t: dict[str, Table], lower: float = 0.9, upper: float = 1.0, least_mass: float = 0.9, tail: str = "renormalise",
+    span: float = 1.0, spans: int = 4, imitate: float = 0.0,
+) -> Tensor:  # fmt: skip
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    total, products, pairs = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    for i in range(len(main.rows)):
+        places = main.rows.mask[i].nonzero()[:, 0].tolist()
+        for k, place in enumerate(places):
+            law, target = p[i, place], q[i, place]
+            rising = sorted(target.tolist())
+            last = len(rising) - 1
+            low, high = rising[math.floor(lower * last)], rising[math.ceil(upper * last)]
+            label = int(main.rows.tokens[i, place + 1])
+            kept = {v for v, x in enumerate(target.tolist()) if low <= x <= high} | {label}
+            for v in sorted(range(len(rising)), key=lambda v: -float(target[v])):
+                if sum(float(target[u].exp()) for u in kept) >= least_mass:
+                    break
+                kept.add(v)
+            inside = torch.tensor(sorted(kept))
+            a, b = law[inside], target[inside]
+            if tail == "bucket":
+                rest = torch.tensor([v not in kept for v in range(len(rising))])
+                a, b = (torch.cat([x[inside], x[rest].logsumexp(-1, keepdim=True)]) for x in (law, target))
+            a, b = a.log_softmax(-1), b.log_softmax(-1)
+            total = total + torch.where(b > -math.inf, b.exp() * (b - a).nan_to_num(0.0), 0.0).sum()
+            if k and k // spans == (k - 1) // spans:
+                before = (p[i, place - 1] + law).exp() - (q[i, place - 1] + target).exp()
+                products, pairs = products + before.abs().sum(), pairs + 1
+    loss = total / main.events + span * products / max(pairs, 1)
+    return loss if imitate == 0 else loss + imitate * sft({"main": t["data"]})
+
+
 SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     # f'(u) of each generator, from its formula.
     "JensenShannon": lambda u: 0.5 * torch.log(2 * u / (1 + u)),
@@ -434,6 +497,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "tcod": tcod,
     "dpkd": dpkd,
     "paced": paced,
+    "sinkd": sinkd,
+    "scrg-dac-kl": scrg_dac_kl,
     "recursive-meta-distillation": recursive_meta_distillation,
     "transfer-limits": transfer_limits,
     "llada": llada,
