@@ -49,12 +49,7 @@ def read(
         >>> sorted(found), len(found["nll"]), all(0 < c < 1 for c in found["confidence"])
         (['confidence', 'nll', 'uncertainty'], 2, True)
     """
-    pairs = []
-    for record in records:
-        if record.completion is None:
-            where = record.source or repr(record.prompt[:60])
-            raise DataError(f"{where} has no 'completion' to score; add one to each record.")
-        pairs.append((model.encode_prompt(record.prompt), model.encode_completion(record.completion)))
+    pairs = _encoded(model, records)
     nll, entropy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
     done = 0
     with torch.no_grad(), evaluating(model):
@@ -73,6 +68,48 @@ def read(
         "confidence": (-nll).exp().tolist(),
         "uncertainty": (entropy / largest).clamp(0, 1).tolist(),
     }
+
+
+def label_logps(model: CausalLM, records: Sequence[Record], batch_size: int = 16) -> list[list[float]]:
+    """The log-probability (nats) that a model gives each token of a completion, its end token included.
+
+    It is what `leibler.recipes.get("transfer-limits")` learns from, as the column ``label_logp``.
+
+    Args:
+        model: the model.
+        records: with completions.
+        batch_size: completions read at a time; changes nothing but memory and rounding.
+
+    Raises:
+        DataError: a record has no completion.
+
+    Examples:
+        >>> from leibler.data import Record
+        >>> from leibler.policy import character_tokenizer, tiny_llama
+        >>> model = tiny_llama(character_tokenizer("01+="), hidden=16, layers=1, heads=2)
+        >>> [len(row) for row in label_logps(model, [Record("1+0=", completion="1"), Record("1+1=", completion="10")])]
+        [2, 3]
+    """
+    pairs = _encoded(model, records)
+    out: list[list[float]] = [[] for _ in pairs]
+    with torch.no_grad(), evaluating(model):
+        for part in by_length(pairs, batch_size):
+            rows = _padded(model, [pairs[i] for i in part])
+            token = rows[0][:, 1:][rows[2]]
+            (logp,) = functionals(_linear(model, *rows), [Want(SampledLogProb())], token=token, vocab=model.vocab_size)
+            for i, own in zip(part, logp.cpu().split(rows[2].sum(1).tolist()), strict=True):
+                out[i] = own.tolist()
+    return out
+
+
+def _encoded(model: CausalLM, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
+    pairs = []
+    for record in records:
+        if record.completion is None:
+            where = record.source or repr(record.prompt[:60])
+            raise DataError(f"{where} has no 'completion' to score; add one to each record.")
+        pairs.append((model.encode_prompt(record.prompt), model.encode_completion(record.completion)))
+    return pairs
 
 
 def pass_rates(
