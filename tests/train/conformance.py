@@ -19,13 +19,14 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from environment.made import Sums
 from leibler import recipes
 from leibler.data import Dataset, Record
-from leibler.objective import Rows, View
+from leibler.objective import Behaviour, Rows, View
 from leibler.policy import CausalLM, MaskedLM, character_tokenizer, tiny_masked
 from leibler.policy.randomness import derived_seed
-from leibler.train import Context, Episodes, Mixture, Recipe, Score, WinRate
+from leibler.train import Context, Episodes, Fixed, Mixture, Recipe, Score, WinRate, recipes_of
 from leibler.train.engine import Engine
 from leibler.train.masking import reads_masked
 from leibler.train.models import measured, resolve
+from leibler.train.setup import paired
 from leibler.train.sources import Source, Staged
 from leibler.train.tally import Step
 
@@ -109,6 +110,9 @@ def records() -> list[Record]:
     made = []
     for i, prompt in enumerate(["9=", "1+2=", "12+34=", "5+5+5=", "7=", "8+1="]):
         given: dict[str, Any] = {"pass_rate": i / 5, "label_logp": [-(1 + k % 3) / 2 for k in range(i + 2)]}
+        laws = [[(7 * i + 3 * m + k) % 12 + 4 for k in range(1 + i % 3)] for m in range(1 + (i + 1) % 4)]
+        weights = [[1.0 + (i + m + 2 * k) % 5 for k in range(len(law))] for m, law in enumerate(laws)]
+        given["latents"] = {"token": laws, "weight": weights}
         texts = {"completion": "123456789"[: 1 + i], "chosen": "98765"[: 2 + i % 3], "rejected": "13579"[: 1 + i % 4]}
         made.append(Record(prompt, **texts, extra=given))
     return made
@@ -122,23 +126,30 @@ class Case:
     params: tuple[tuple[str, Any], ...] = ()
     fresh_rows: bool = False
     """Start an adaptive source where it draws from the policy."""
+    stage: str = ""
+    """Of a method in several stages: which."""
 
     @property
     def id(self) -> str:
         shown = ",".join(f"{k}={v}" for k, v in self.params) + (",rollouts" if self.fresh_rows else "")
-        return self.slug + (f"[{shown.strip(',')}]" if shown else "")
+        return self.key + (f"[{shown.strip(',')}]" if shown else "")
+
+    @property
+    def key(self) -> str:
+        """The name of the recipe: of the method, and of its stage."""
+        return f"{self.slug}/{self.stage}" if self.stage else self.slug
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.params)
 
     def recipe(self) -> Recipe:
-        made = recipes.get(self.slug, **self.options)
+        made = recipes_of(recipes.get(self.slug, **self.options))[self.stage]
         return replace(made, source=scored(made.source))
 
 
-def case(slug: str, fresh_rows: bool = False, **params: Any) -> Case:
-    return Case(slug, tuple(params.items()), fresh_rows)
+def case(slug: str, fresh_rows: bool = False, stage: str = "", **params: Any) -> Case:
+    return Case(slug, tuple(params.items()), fresh_rows, stage)
 
 
 def scored(source: Source) -> Source:
@@ -152,6 +163,8 @@ def scored(source: Source) -> Source:
         return Staged(scored(source.source), stage)
     if isinstance(source, Mixture):
         return Mixture(tuple((name, scored(inner)) for name, inner in source.sources))
+    if isinstance(source, Fixed):
+        return replace(source, source=scored(source.source))
     if isinstance(source, Episodes):
         return replace(source, environment=Sums())
     return source
@@ -196,7 +209,7 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     make: Any = tiny_filling if reads_masked(recipe.source) else tiny
     policy = make(0).requires_grad_(True)
     given = {"teacher": make(1, padding=5), "base": make(2), "reference": make(3, padding=2), "previous": make(4)}
-    given["teacher_base"] = make(5)
+    given.update(teacher_base=make(5), extreme=make(6), negative=make(7))
     models, modules = resolve(recipe.models, policy, given)
     data = Dataset(tuple(records()), "made")
     text = Dataset(tuple(Record(r.prompt, completion=r.completion) for r in records()), "text")
@@ -209,7 +222,7 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
             for parameter in module.parameters():
                 parameter.normal_(std=0.5)
     models["policy"] = policy
-    pairs = any(type(t).__name__ == "Preference" for t in recipe.objective.terms)
+    pairs = "train" in paired(recipe)
     context = Context(
         models=models,
         data={"train": data if pairs else plain, "text": text, "general": text},
@@ -232,7 +245,8 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     made = Prepared(recipe, policy, policy.copy(), models, modules, states, {}, drawn)
     made.views = made.engine().annotate(drawn, STEP, states)
     if moved is None:
-        moved = 0.0 if recipe.schedule.single_use else 0.03
+        stale = any(origin.law == Behaviour() for origin in recipe.source.streams().values())
+        moved = 0.03 if stale or not recipe.schedule.single_use else 0.0
     if moved:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(9)

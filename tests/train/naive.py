@@ -212,9 +212,7 @@ def rlad(t: dict[str, Table], group_size: int = 4, alpha: float = 0.5, epochs: i
     return main.mean(clipped(ratio, group_normalised(main)[:, None]))
 
 
-def tcod(
-    t: dict[str, Table], curriculum: str = "f2b", every: int = 5, start: int = 1, scale: float = 1.0
-) -> Tensor:
+def tcod(t: dict[str, Table], curriculum: str = "f2b", every: int = 5, start: int = 1, scale: float = 1.0) -> Tensor:
     main = t["main"]
     # Every turn's tokens and no other: the environment writes digits and "=", the policy's turns end with its end token.
     logp = main.logp("policy")
@@ -489,7 +487,94 @@ def tad(t: dict[str, Table], delta: int = 8, commit: int = 1) -> Tensor:
     return sum((sum(part) / len(part) for part in parts.values() if part), p.new_zeros(()))
 
 
+def _rows_of(table: Table, role: int, value: Tensor, per_row: bool) -> Tensor:
+    """The mean of a number per event over the rows of a role: over their events, or over rows of each one's mean."""
+    chosen = [i for i in range(len(table.rows)) if int(table.rows.role[i]) == role]
+    held = (value * table.mask)[chosen]
+    return (held.sum(1) / table.length[chosen]).mean() if per_row else held.sum() / table.mask[chosen].sum()
+
+
+def dckd(t: dict[str, Table], distil: float = 1.0, **_: Any) -> Tensor:
+    main = t["main"]
+    p, q = main.law(main.made.policy), main.law(main.made.models["teacher"]).detach()
+    forward = sum((_rows_of(main, role, kl(q, p), True) for role in (1, 2)), torch.zeros(()))
+    return -_rows_of(main, 1, main.taken(p), False) + distil * forward
+
+
+def advantage_guided(t: dict[str, Table], weight: float = 1.0, clip: float | None = 10.0, **_: Any) -> Tensor:
+    pairs, own = t["pairs"], t["own"]
+    p = own.law(own.made.policy)
+    teacher, base = (own.law(own.made.models[n]).detach() for n in ("teacher", "teacher_base"))
+    score = teacher - base if clip is None else (teacher - base).clamp(-clip, clip)
+    gain = (p.exp() * score).sum(-1)
+    # The value is told to the law that the scores make, whose normaliser has no gradient.
+    shift = score.logsumexp(-1)
+    guided = _rows_of(own, 0, shift - gain, True)
+    return -_rows_of(pairs, 1, pairs.logp("policy"), False) + weight * guided
+
+
+def adpa(t: dict[str, Table], variant: str = "adpa", **options: Any) -> Tensor:
+    return dckd(t, **options) if variant == "dckd" else advantage_guided(t, **options)
+
+
+def erpd_extreme(t: dict[str, Table], low: float = 0.2, high: float = 5.0, sign: float = 1.0, **_: Any) -> Tensor:
+    main = t["main"]
+    ratio = (main.logp("policy") - main.rows.columns["behaviour_logp"].double() * main.mask).exp()
+    advantage = sign * group_normalised(main)[:, None]
+    kept = torch.where(advantage > 0, ratio.clamp(max=1 + high), ratio.clamp(min=1 - low))
+    return -main.mean(kept * advantage)
+
+
+def erpd_distil(
+    t: dict[str, Table], teacher: str = "extreme", bound: float = 5.0, dead_zone: float = 0.01, agree: bool = True,
+    coefficient: float = 2.0, **_: Any,
+) -> Tensor:  # fmt: skip
+    main = t["main"]
+    above, below = {"extreme": ("extreme", "reference"), "negative": ("reference", "negative")}.get(
+        teacher, ("extreme", "negative")
+    )
+    signal = (main.logp(above) - main.logp(below)).clamp(-bound, bound)
+    signal[signal.abs() < dead_zone] = 0.0
+    if agree:
+        outcome = group_normalised(main)
+        for i in range(len(main.rows)):
+            signal[i][signal[i].sign() != outcome[i].sign()] = 0.0
+    p, q = main.law(main.made.policy), main.law(main.made.models["reference"]).detach()
+    logp = main.taken(p)
+    return main.mean(coefficient * kl(p, q) - (logp - logp.detach()).exp() * signal)
+
+
+def latent_sft(t: dict[str, Table], open: str, close: str, answer: float = 1.0, latent: float = 1.0) -> Tensor:
+    """Row by row from the records: no batch, no padding, every law spread over the whole vocabulary."""
+    model = t["main"].made.policy
+    matrix = model.network.get_input_embeddings().weight
+    ids = model.tokenizer.get_vocab()
+    likelihoods, divergences = [], []
+    for record in t["main"].rows.records:
+        given, laws = record.extra["latents"], []
+        for tokens, weights in zip(given["token"], given["weight"], strict=True):
+            law = torch.zeros(model.vocab_size, dtype=torch.float64)
+            for token, weight in zip(tokens, weights, strict=True):
+                law[token] = weight / sum(weights)
+            laws.append(law)
+        before = [*model.encode_prompt(record.prompt), ids[open]]
+        after = [ids[close], *model.encode_completion(record.completion)]
+        thoughts = torch.stack(laws) @ matrix[: model.vocab_size].detach()
+        read = torch.cat([matrix[torch.tensor(before)], thoughts, matrix[torch.tensor(after)]])
+        logits = model.network(inputs_embeds=read[None]).logits[0, :, : model.vocab_size] / TEMPERATURE
+        logp, s = logits.log_softmax(-1), len(before)
+        # The logits at s - 1 ... s + m - 2 predict the thoughts at s ... s + m - 1.
+        of_row = [(torch.special.xlogy(w, w) - w * logp[s - 1 + j]).sum() for j, w in enumerate(laws)]
+        divergences.append(sum(of_row, logp.new_zeros(())) / len(laws))
+        likelihoods += [logp[s + len(laws) - 1 + i, token] for i, token in enumerate(after)]
+    mean = sum(likelihoods, matrix.new_zeros(())) / len(likelihoods)
+    return latent * sum(divergences, matrix.new_zeros(())) / len(divergences) - answer * mean
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
+    "adpa": adpa, "adpa/dckd": dckd, "adpa/adpa": advantage_guided,
+    "erpd/extreme": erpd_extreme, "erpd/distil": erpd_distil,
+    "erpd/negative": lambda t, **options: erpd_extreme(t, sign=-1.0, **options),
     "sft": sft, "kd": kd, "gkd": gkd, "akl": akl, "distillm": distillm, "minillm": minillm, "grpo": grpo,
     "kdrl": kdrl, "g-opd": g_opd,
     "rlad": rlad,
@@ -501,6 +586,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "scrg-dac-kl": scrg_dac_kl,
     "recursive-meta-distillation": recursive_meta_distillation,
     "transfer-limits": transfer_limits,
+    "latent-sft": latent_sft,
     "llada": llada,
     "tad": tad,
     "vocabulary-expansion": kd, "gere": gere, "ppo": ppo, "disco": disco, "dpo": dpo, "f-dpo": f_dpo, "inpo": inpo,
@@ -510,7 +596,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def reference(chosen: Case, made: Prepared) -> tuple[dict[str, Tensor], float]:
     """The gradient and the value of the published loss."""
     tables = {name: Table(made, view.rows) for name, view in made.views.items()}
-    loss = LOSSES[chosen.slug](tables, **chosen.options)
+    loss = LOSSES[chosen.key](tables, **chosen.options)
     named = made.parameters()
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     found = zip(named.items(), grads, strict=True)

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from leibler import recipes
 from leibler.divergence import ForwardKL
-from leibler.objective import Comparison, Coupled, Objective, Output, Rows, Transport, View
+from leibler.objective import Comparison, Coupled, Objective, Output, Rows, SoftTokens, Transport, View
 from leibler.objective.terms import Term
-from leibler.train import MuteEqual, Recipe
+from leibler.train import MuteEqual, Recipe, recipes_of
 from train import naive
 from train.conformance import Case, Prepared, case, distance, gradient, prepare, ready, scored, size
 
@@ -28,6 +29,15 @@ VARIANTS = [
     case("g-opd", scale=0.7, clip=0.3),
     case("rlad", group_size=4, alpha=0.3, epochs=1),
     case("delta-kd", alpha=2.0, imitate=0.2),
+    case("adpa", weight=3.0, clip=None),
+    case("adpa", weight=3.0, clip=0.7),
+    case("adpa", variant="dckd", distil=0.3),
+    case("adpa", variant="adpa+", stage="dckd"),
+    case("adpa", variant="adpa+", stage="adpa"),
+    case("erpd", stage="extreme", group_size=4, low=0.01, high=0.02, epochs=3),
+    case("erpd", stage="negative", group_size=4, teacher="negative"),
+    case("erpd", stage="distil", group_size=4, teacher="negative", agree=False, bound=0.6, dead_zone=0.3),
+    case("erpd", stage="distil", group_size=4, teacher="contrast", coefficient=0.5),
     case("dpkd", beta=3.0, share=0.9),
     case("paced", a=2.0, b=0.5, turn=1),
     case("paced", turn=10**6),
@@ -40,6 +50,7 @@ VARIANTS = [
     case("gere", margin=0.0, sigmas=2.0),
     case("tcod", curriculum="b2f", scale=0.5),
     case("tcod", curriculum="none"),
+    case("latent-sft", open="+", close="=", answer=0.3, latent=2.0),
     case("tad", delta=2),
     case("tad", delta=0, commit=2),
     case("grpo", group_size=4, minibatches=2, epochs=2),
@@ -50,16 +61,21 @@ VARIANTS = [
     case("disco", group_size=4, tau=0.3, bound=1e-3, slope=10.0),
     case("inpo", group_size=4, eta=0.5, tau=0.5),
 ]
-GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo")
+GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo", "erpd")
 NEEDED: dict[str, dict[str, Any]] = {"llada": {"length": 8}, **{slug: {"group_size": 4} for slug in GROUPED}}
-PLAIN = [case(slug, **NEEDED.get(slug, {})) for slug in recipes.names()]
+NEEDED["latent-sft"] = {"open": "+", "close": "="}
+PLAIN = [
+    case(slug, stage=stage, **NEEDED.get(slug, {}))
+    for slug in recipes.names()
+    for stage in recipes_of(recipes.get(slug, **NEEDED.get(slug, {})))
+]
 CASES = [*PLAIN, *(v for v in VARIANTS if v not in PLAIN)]
 every_case = pytest.mark.parametrize("chosen", CASES, ids=lambda c: c.id)
 
 
 def test_every_recipe_is_here_and_has_a_reference():
     assert {c.slug for c in CASES} == set(recipes.names())
-    assert set(recipes.names()) <= set(naive.LOSSES)
+    assert {c.key for c in CASES} == set(naive.LOSSES)
 
 
 @every_case
@@ -114,6 +130,12 @@ def test_annotation_does_not_depend_on_the_cut(chosen: Case):
             torch.testing.assert_close(again[stream].signals[signal], value, rtol=1e-7, atol=1e-7)
 
 
+def spoilt_soft(soft: SoftTokens, attention: Tensor) -> SoftTokens:
+    """With laws where there is no token."""
+    wide = soft.padded(attention.shape[1], soft.index.shape[-1])
+    return SoftTokens(wide.index, torch.where(attention[..., None], wide.weight, 0.5))
+
+
 @every_case
 def test_garbage_in_padding_changes_nothing(chosen: Case):
     made = prepare(chosen)
@@ -136,6 +158,7 @@ def test_garbage_in_padding_changes_nothing(chosen: Case):
             columns=columns,
             labels=None if rows.labels is None else wider(torch.where(rows.mask, rows.labels, 5), (0, 3), value=4),
             views={name: spoilt(view) for name, view in rows.views.items()},
+            soft=None if rows.soft is None else spoilt_soft(rows.soft, attention),
         )
 
     drawn = {name: spoilt(rows) for name, rows in made.rows.items()}

@@ -331,6 +331,15 @@ METHODS: dict[str, Method] = _table(
         "diffusion:tad",
     ),
     Method(
+        "latent-sft",
+        "Latent Reasoning in LLMs as a Vocabulary-Space Superposition",
+        2025,
+        "distillation",
+        "recipe",
+        "Teach a model to think in laws over its vocabulary instead of words, in fewer steps than its reasoning has.",
+        "latent:latent_sft",
+    ),
+    Method(
         "memorization-dynamics",
         "Memorization Dynamics in Knowledge Distillation for Language Models",
         2026,
