@@ -46,11 +46,13 @@ class Problem:
     target: Linear
 
     @classmethod
-    def make(cls, tokens: int, hidden: int, target_hidden: int, vocab: int, dtype: torch.dtype) -> Problem:
-        g = torch.Generator().manual_seed(0)
+    def make(
+        cls, tokens: int, hidden: int, target_hidden: int, vocab: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> Problem:
+        g = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=g) * scale).to(dtype)
+            return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype)
 
         model = Linear(
             normal(tokens, hidden).requires_grad_(), normal(vocab, hidden, scale=hidden**-0.5).requires_grad_()
@@ -61,7 +63,7 @@ class Problem:
 
 
 def products(problem: Problem, chunk: int) -> Callable[[], None]:
-    """The four products and nothing else."""
+    """The four products and nothing else, into buffers made once."""
     x, w = problem.model.hidden.detach(), problem.model.weight.detach()
     y, u = problem.target.hidden, problem.target.weight
     n, vocab = x.shape[0], w.shape[0]

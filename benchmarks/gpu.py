@@ -22,11 +22,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
+from fused import Problem, products
 from leibler import divergence
 from leibler.divergence import Divergence
-from leibler.fused import Linear, linear_divergence
+from leibler.fused import linear_divergence
 from leibler.fused.gpu.kernels import CHUNKS, usable
 
 CHECKED = 32
@@ -34,47 +34,10 @@ CHECKED = 32
 LIGER = "liger, chunked JSD"
 
 
-@dataclass(frozen=True)
-class Problem:
-    model: Linear
-    target: Linear
-
-    @classmethod
-    def make(cls, tokens: int, hidden: int, target_hidden: int, vocab: int, device: str, dtype: torch.dtype) -> Problem:
-        g = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=g, device=device, dtype=torch.float32) * scale).to(dtype)
-
-        model = Linear(
-            normal(tokens, hidden).requires_grad_(), normal(vocab, hidden, scale=hidden**-0.5).requires_grad_()
-        )
-        other = Linear(normal(tokens, target_hidden), normal(vocab, target_hidden, scale=target_hidden**-0.5))
-        return cls(model, other)
-
-    def multiplications(self) -> int:
-        """Of the four products, counted as two operations each."""
-        n, vocab = self.model.tokens, self.model.vocab
-        return 2 * n * vocab * (3 * self.model.hidden.shape[1] + self.target.hidden.shape[1])
-
-
-def products(problem: Problem, chunk: int) -> Callable[[], None]:
-    """The four products and nothing else, into buffers made once."""
-    x, w = problem.model.hidden.detach(), problem.model.weight.detach()
-    y, u = problem.target.hidden, problem.target.weight
-    n, vocab = x.shape[0], w.shape[0]
-    one, two = w.new_empty(chunk, vocab), w.new_empty(chunk, vocab)
-    gh, gw = torch.empty_like(x), torch.zeros_like(w)
-
-    def run() -> None:
-        for a in range(0, n, chunk):
-            b = min(a + chunk, n)
-            torch.mm(x[a:b], w.T, out=one[: b - a])
-            torch.mm(y[a:b], u.T, out=two[: b - a])
-            torch.mm(two[: b - a], w, out=gh[a:b])
-            gw.addmm_(one[: b - a].T, x[a:b])
-
-    return run
+def multiplications(problem: Problem) -> int:
+    """Of the four products, counted as two operations each."""
+    n, vocab = problem.model.tokens, problem.model.vocab
+    return 2 * n * vocab * (3 * problem.model.hidden.shape[1] + problem.target.hidden.shape[1])
 
 
 def ours(problem: Problem, d: Divergence) -> Callable[[], None]:
@@ -193,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.dtype}; {path}"
     )
     dtype = getattr(torch, args.dtype)
-    problem = Problem.make(args.tokens, args.hidden, args.target_hidden, args.vocab, args.device, dtype)
+    problem = Problem.make(args.tokens, args.hidden, args.target_hidden, args.vocab, dtype, args.device)
     sizes = [c for c in CHUNKS if c <= args.tokens] or [args.tokens]
     alone = {f"products, chunks of {c}": products(problem, c) for c in sizes}
     chosen = list(args.only or divergence.names())
@@ -203,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     best = least(alone | rival | passes, args.repeats, watch)
     limit = min(best[name] for name in alone)
     reference = best.get("forward_kl")
-    rate = problem.multiplications() / limit / 1e12
+    rate = multiplications(problem) / limit / 1e12
     print(f"products alone: {rate:.1f} TFLOP/s")
     print(f"{'':26}{'ms':>9}{'rate':>7}{'x Liger':>9}{'x forward':>11}{'peak MB':>9}{'value':>9}{'gradient':>10}")
     for name, seconds in best.items():
