@@ -87,10 +87,10 @@ def models_read(recipe: Recipe) -> set[str]:
 
 def load_models(recipe: Recipe, teacher: Any, models: Mapping[str, Any], options: Options) -> dict[str, Any]:
     """The models beside the student, or their teacher caches, by name; one that the recipe does not read stays out."""
-    read = models_read(recipe)
+    read = models_read(recipe) - {"initial"}  # that is the student as it was at the start, whatever is given
     for name in models:
         if name not in read:
-            known = ", ".join(sorted(read - {"initial"})) or "none"
+            known = ", ".join(sorted(read)) or "none"
             raise ModelError(f"models.{name} is not used by this recipe, which reads: {known}; leave it out.")
     for name in recipe.models:
         plain_name(name, "the model")  # its weights stand under its name in checkpoints
