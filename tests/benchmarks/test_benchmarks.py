@@ -153,7 +153,7 @@ def test_the_limit_of_memory_has_the_gradients_that_a_row_makes(monkeypatch: pyt
 
 def test_the_memory_of_a_gpu_is_measured_without_the_gradients_before(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = loaded("gpu", monkeypatch)
-    problem = gpu.Problem.make(2, 4, 4, 8, "cpu", torch.float32)
+    problem = gpu.Problem.make(2, 4, 4, 8, torch.float32)
     problem.model.weight.sum().backward()
     problem.model.hidden.sum().backward()
     held: list[bool] = []
