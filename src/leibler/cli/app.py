@@ -270,17 +270,19 @@ def measure_accuracy(
     samples: Annotated[int, typer.Option(help="Sampled answers to each question; 0: only the greedy one.")] = 8,
     temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    commit: Annotated[int, typer.Option(help="Tokens that a masked language model reveals in a forward pass.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     limit: _Limit = None,
     json: _Json = False,
 ) -> None:
     """How often a model's answers are right.
 
-    Greedy accuracy, pass@k of sampled answers, their entropy, diversity and length.
+    Greedy accuracy, pass@k of sampled answers, their entropy, diversity and length; of a masked language model, with
+    --samples 0, the accuracy of the answers that it is surest of.
     """
     from leibler.cli.measure import accuracy_command
 
-    accuracy_command(model, data, samples, temperature, max_new_tokens, seed, limit, json)
+    accuracy_command(model, data, samples, temperature, max_new_tokens, commit, seed, limit, json)
 
 
 @_command(

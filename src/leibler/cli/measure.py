@@ -33,17 +33,18 @@ def accuracy_command(
     samples: int,
     temperature: float,
     max_new_tokens: int,
+    commit: int,
     seed: int,
     limit: int | None,
     as_json: bool,
 ) -> None:
     """Ask a model questions whose answers can be checked."""
+    from leibler import policy
     from leibler.data import load
     from leibler.measure import evaluate
-    from leibler.policy import CausalLM
 
     records = load(data, limit=limit)
-    found = evaluate(CausalLM.load(model), records, samples, temperature, max_new_tokens, seed)
+    found = evaluate(policy.load(model), records, samples, temperature, max_new_tokens, seed, commit=commit)
     show(found, as_json)
 
 

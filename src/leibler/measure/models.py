@@ -17,7 +17,7 @@ from leibler.fused import Linear, TargetRows, Want, functionals, support_violati
 from leibler.measure.calibration import Calibration, calibration
 from leibler.measure.samples import distinct_answers, mean_pass_at_k
 from leibler.measure.summaries import entropy_summary
-from leibler.policy import CausalLM, right_pad, same_tokenizer, sample, uniforms
+from leibler.policy import CausalLM, MaskedLM, decode_masked, right_pad, same_tokenizer, sample, uniforms
 from leibler.policy.model import evaluating
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def compare(
 
 
 def evaluate(
-    model: CausalLM,
+    model: CausalLM | MaskedLM,
     dataset: Dataset,
     n_samples: int = 8,
     temperature: float = 1.0,
@@ -134,6 +134,7 @@ def evaluate(
     seed: int = 0,
     *,
     batch_size: int = 64,
+    commit: int = 1,
 ) -> dict[str, Any]:
     """Accuracy of the greedy answer, and what ``n_samples`` sampled answers show.
 
@@ -145,6 +146,7 @@ def evaluate(
         max_new_tokens: the longest answer.
         seed: of the samples; the same seed asks the same of another model.
         batch_size: answers sampled at a time; changes nothing but memory and rounding.
+        commit: tokens that a masked language model reveals in a forward pass; such a model is not sampled here.
 
     Returns:
         ``questions``, ``accuracy`` (greedy); and, with samples, ``pass@1``, ``pass@2``, ``pass@4``, ... up to
@@ -153,7 +155,7 @@ def evaluate(
         ones, per question), ``length`` (tokens) and ``finished`` (share that ended by itself).
 
     Raises:
-        DataError: the data set has no checker, or no record.
+        DataError: the data set has no checker or no record, or samples of a masked language model are asked for.
 
     Examples:
         >>> from leibler.data import Addition
@@ -171,11 +173,13 @@ def evaluate(
         raise DataError(f"{dataset.name} is empty; give at least one record.")
     if n_samples and temperature <= 0:
         raise DataError(f"samples cannot be drawn at temperature {temperature}; give one above 0, or n_samples=0.")
+    if isinstance(model, MaskedLM) and n_samples:
+        raise DataError("a masked language model is asked for its surest answers only; give --samples 0 (n_samples=0).")
     prompts = [model.encode_prompt(record.prompt) for record in dataset]
-    answers = greedy(model, prompts, max_new_tokens, batch_size)
+    answers = greedy(model, prompts, max_new_tokens, batch_size, commit)
     right = [check(r, model.decode(ids)) >= 1.0 for r, ids in zip(dataset, answers)]
     result: dict[str, Any] = {"questions": len(prompts), "accuracy": sum(right) / len(right)}
-    if not n_samples:
+    if isinstance(model, MaskedLM) or not n_samples:
         return result
     numbers = uniforms(seed, "evaluate", 0, rows=len(prompts) * n_samples, n=max_new_tokens)
     drawn = sample(
@@ -334,8 +338,17 @@ def row_means(values: Float[Tensor, " events"], mask: Bool[Tensor, "rows time"])
     return torch.zeros(len(mask), dtype=torch.float64).index_add_(0, owner, values.double().cpu()) / length
 
 
-def greedy(model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> list[list[int]]:
-    """The most likely answer to each prompt, token by token."""
+def greedy(
+    model: CausalLM | MaskedLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    commit: int = 1,
+) -> list[list[int]]:
+    """The most likely answer to each prompt, token by token (of a masked model: ``commit`` in a pass, surest first)."""
+    if isinstance(model, MaskedLM):
+        found = decode_masked(model, prompts, length=max_new_tokens, commit=commit, max_batch=batch_size)
+        return found.completions()
     none = torch.zeros((len(prompts), max_new_tokens), dtype=torch.float64)
     return sample(model, prompts, uniforms=none, temperature=0.0, max_batch=batch_size).completions()
 
