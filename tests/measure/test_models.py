@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,18 @@ from leibler.data import Addition, Brackets, Dataset, Record
 from leibler.divergence import ForwardKL, JensenShannon, ReverseKL
 from leibler.errors import DataError, ModelError, RecipeError
 from leibler.measure import calibration, compare, evaluate, pass_at_k, token_view
-from leibler.measure.models import TopHit, TopProbability
-from leibler.policy import CausalLM, character_tokenizer, logprobs, right_pad, sample, tiny_llama, uniforms
+from leibler.measure.models import TopHit, TopProbability, greedy
+from leibler.policy import (
+    CausalLM,
+    character_tokenizer,
+    decode_masked,
+    logprobs,
+    right_pad,
+    sample,
+    tiny_llama,
+    tiny_masked,
+    uniforms,
+)
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +216,16 @@ def test_token_view_of_plain_text_and_of_nothing(models):
         token_view(*models, "", end=False)
     with pytest.raises(ModelError, match="context"):
         token_view(*models, "1" * 400)
+
+
+def test_a_masked_model_is_asked_for_its_surest_answers():
+    task = Addition(digits=1)
+    model = tiny_masked(character_tokenizer(task.alphabet), hidden=16, layers=1, heads=2)
+    data = task.dataset(6)
+    found = evaluate(model, replace(data, check=lambda record, text: 1.0), n_samples=0, max_new_tokens=3, commit=2)
+    assert found == {"questions": 6, "accuracy": 1.0}
+    answers = greedy(model, [model.encode_prompt(r.prompt) for r in data], 3, 4, commit=3)
+    whole = decode_masked(model, [model.encode_prompt(r.prompt) for r in data], length=3, commit=3)
+    assert answers == whole.completions()
+    with pytest.raises(DataError, match=r"surest answers only; give --samples 0"):
+        evaluate(model, data, n_samples=2)
