@@ -56,7 +56,7 @@ from leibler.objective import (
     Whitened,
 )
 from leibler.objective import AdaptiveKL as Controller
-from leibler.train import Adaptive, Data, Frozen, OnPolicy, Recipe, Schedule, Snapshot, Trained, describe
+from leibler.train import Adaptive, Data, Frozen, OnPolicy, Recipe, Schedule, Snapshot, Trained, describe, recipes_of
 from leibler.train.sources import Source, Staged
 
 every = pytest.mark.parametrize("slug", recipes.names())
@@ -72,15 +72,18 @@ def terms(slug: str, **params):
 
 @every
 def test_it_builds_and_describes_itself(slug):
-    recipe = recipes.get(slug)
-    assert isinstance(recipe, Recipe)
-    text = describe(recipe)
-    for term in recipe.objective.terms:
-        assert term.name in text
-    for name in recipe.models:
-        assert name in text
+    method = recipes.get(slug)
+    text = describe(method)
+    for stage, recipe in recipes_of(method).items():
+        assert isinstance(recipe, Recipe)
+        assert describe(recipe) in text
+        assert stage in text
+        for term in recipe.objective.terms:
+            assert term.name in text
+        for name in recipe.models:
+            assert name in text
     assert "BIASED" not in text
-    assert recipe == recipes.get(slug), "recipes are values"
+    assert method == recipes.get(slug), "recipes are values"
 
 
 @every

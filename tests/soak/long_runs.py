@@ -11,9 +11,9 @@ from typing import Any
 
 from leibler import recipes
 from leibler.data import Brackets
-from leibler.objective import Preference
 from leibler.policy import CausalLM, character_tokenizer, tiny_llama
-from leibler.train import fit
+from leibler.train import Pipeline, fit, recipes_of
+from leibler.train.setup import paired
 from soak.table import Row
 
 STEPS = 300
@@ -50,17 +50,20 @@ def endure(slug: str, out: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[
         faults += [f"{n} is {v} at step {line['step']}" for n, v in line.items() if not math.isfinite(float(v))]
     if after - before > GROWTH:
         faults.append(f"the memory grew by {after - before} kB")
-    kept = len(list((out / f"{slug}-long" / "checkpoints").iterdir()))
-    if kept > 2:
-        faults.append(f"{kept} checkpoints were kept")
+    for folder in (out / f"{slug}-long").rglob("checkpoints"):
+        kept = len(list(folder.iterdir()))
+        if kept > 2:
+            faults.append(f"{kept} checkpoints were kept in {folder}")
     return faults, abs(len(found) - len(expected)) + len(set(expected) - set(found))
 
 
 def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
-    recipe = recipes.get(slug)
-    sources = {rule.source for rule in recipe.models.values()} - {"initial"}
+    method = recipes.get(slug)
+    stages = method.stages if isinstance(method, Pipeline) else {}
+    rules = [(n, rule) for recipe in recipes_of(method).values() for n, rule in recipe.models.items()]
+    sources = {rule.source for n, rule in rules if n not in stages} - {"initial"}
     run = fit(
-        recipe,
+        method,
         student=small(0),
         teacher=small(1) if "teacher" in sources else None,
         models={name: small(2) for name in sources - {"teacher"}},
@@ -74,7 +77,12 @@ def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
         seed=seed,
         quiet=True,
     )
-    return [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    lines: list[dict[str, float]] = []
+    for file in sorted(run.out.rglob("metrics.jsonl")):  # a stage counts its steps from 1
+        before = len(lines)
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        lines += [{**line, "step": line["step"] + before} for line in found]
+    return lines
 
 
 def small(seed: int) -> CausalLM:
@@ -84,11 +92,7 @@ def small(seed: int) -> CausalLM:
 def rows(slug: str) -> list[dict[str, Any]]:
     """Prompts with right answers, wrong ones where pairs are given, and the columns that some methods read."""
     records = TASK.sample(200, seed=0)
-    recipe = recipes.get(slug)
-    pairs = (
-        any(isinstance(t, Preference) for t in recipe.objective.terms) and "labels" in recipe.source.datasets().values()
-    )
-    if pairs:
+    if any(map(paired, recipes_of(recipes.get(slug)).values())):
         return [{"prompt": r.prompt, "chosen": str(r.completion), "rejected": "(("} for r in records]
     return [
         {
