@@ -93,12 +93,18 @@ def show(
     "leibler train gkd student=models/small teacher=models/large data=prompts.jsonl out=runs/gkd steps=500\n"
     "leibler train grpo student=models/small data=task:addition:digits=2 out=runs/grpo recipe.group_size=4\n"
     "leibler train --resume runs/grpo\n"
-    "leibler train runs/grpo/run.yaml out=runs/grpo-again seed=1",
+    "leibler train runs/grpo/run.yaml out=runs/grpo-again seed=1\n"
+    "leibler train --sweep --out sweep\n"
+    "leibler train --sweep kd gkd minillm --out sweep student=models/small teacher=models/large data=train.jsonl",
     runs_models=True,
 )
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="A method, or the run.yaml of a run to repeat.", metavar="RECIPE|RUN.YAML")
+        str | None,
+        typer.Argument(
+            help="A method, or the run.yaml of a run to repeat; with --sweep, any number of methods.",
+            metavar="RECIPE|RUN.YAML",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -109,15 +115,44 @@ def train(
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this directory.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Compare the methods named, or a whole family, at equal tokens.")
+    ] = False,
+    out: Annotated[str | None, typer.Option(help="The same as out=DIR.")] = None,
+    family: Annotated[str | None, typer.Option(help="Of a sweep without methods named: distillation.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of a sweep: runs of each method, for mean and spread: 1.")] = None,
+    steps_scale: Annotated[
+        float | None, typer.Option(help="Of a sweep on the embedded task: multiplies all steps, for a quick look: 1.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each process of a sweep.")] = None,
 ) -> None:
-    """Train a model by a recipe.
+    """Train a model by a recipe, or compare many with --sweep.
 
     Ctrl-C saves; --resume goes on exactly where the run stopped. Several processes: torchrun -m leibler train ..., or
     accelerate launch with a file that `leibler config` names.
-    """
-    from leibler.cli.train import train_command
 
-    train_command(recipe, overrides or [], resume)
+    A sweep trains every method on the same student, data and number of tokens, each in a process of its own, and writes
+    one table and one picture: sweep.json, report.html and figure.svg. Without student=, on a small task and models made
+    on the spot. The same command goes on with a sweep that was interrupted.
+    """
+    arguments = [*(overrides or []), *([f"out={out}"] if out is not None else [])]
+    knobs = {"--family": family, "--seeds": seeds, "--steps-scale": steps_scale, "--threads": threads}
+    if sweep and resume is None:
+        from leibler.cli.sweep import sweep_command
+
+        if not sweep_command(
+            [*([recipe] if recipe is not None else []), *arguments], family, seeds, steps_scale, threads
+        ):
+            raise typer.Exit(1)
+        return
+    from leibler.cli.train import train_command
+    from leibler.errors import RunError
+
+    given = [name for name, value in knobs.items() if value is not None]
+    if sweep or given:
+        why = "--sweep goes on by itself where it stopped; leave out --resume" if sweep else "add --sweep"
+        raise RunError(f"{given[0]} is an option of a sweep; {why}." if given else f"{why}.")
+    train_command(recipe, arguments, resume)
 
 
 @_command("config", "accelerate launch --config_file $(leibler config fsdp2) -m leibler train gkd ...\nleibler config")
@@ -436,3 +471,83 @@ def select_pass_rate(
 
     options = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
     pass_rate_command(data, model, samples, least, most, out, limit, options)
+
+
+represent = typer.Typer(
+    name="represent",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn text into what is no text: thoughts that are laws over the vocabulary.",
+    epilog="\b\nExample:\n  leibler represent latent --model models/small --data reasoned.jsonl --out latents",
+)
+app.add_typer(represent)
+
+_Open = Annotated[str, typer.Option("--open", help="The token before the thoughts.")]
+_Close = Annotated[str, typer.Option("--close", help="The token after them.")]
+
+
+@_command(
+    "latent",
+    "leibler represent latent --model models/small --data reasoned.jsonl --out latents --rate 4\n"
+    "leibler train latent-sft student=latents/decoder data=latents/latents.jsonl out=runs/latent",
+    to=represent,
+    runs_models=True,
+)
+def represent_latent(
+    model: Annotated[str, typer.Option(help="The model to start from: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help="Records with prompt, reasoning and completion (the answer).")],
+    out: Annotated[Path, typer.Option(help="A directory of its own.")],
+    rate: Annotated[int, typer.Option(help="Tokens of reasoning that one thought stands for.")] = 4,
+    span: Annotated[int, typer.Option(help="Segments of reasoning that a thought is made of; 0: all so far.")] = 2,
+    encoder_steps: Annotated[int, typer.Option(help="Steps of the encoder alone,")] = 300,
+    decoder_steps: Annotated[int, typer.Option(help="then of the decoder alone,")] = 100,
+    joint_steps: Annotated[int, typer.Option(help="then of both.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Records in a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    top_k: Annotated[int, typer.Option(help="Entries of each thought that are written.")] = 64,
+    open: _Open = "<think>",
+    close: _Close = "</think>",
+    seed: Annotated[int, typer.Option(help="Of the order of the records.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    limit: _Limit = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Compress reasoning into laws over the vocabulary: the data of latent-sft.
+
+    Writes latents.jsonl, and the model that answers from such thoughts into decoder/. Ctrl-C saves, and the same
+    command goes on.
+    """
+    from leibler.cli.latent import compress_command
+
+    settings = {"rate": rate, "span": span, "steps": (encoder_steps, decoder_steps, joint_steps), "open": open}
+    settings |= {"batch_size": batch_size, "learning_rate": learning_rate, "top_k": top_k, "close": close}
+    compress_command(model, data, out, limit, quiet, **settings, seed=seed, save_every=save_every)
+
+
+@_command(
+    "latent",
+    "leibler measure latent --model runs/latent/final --data questions.jsonl",
+    to=measure,
+    runs_models=True,
+)
+def measure_latent(
+    model: Annotated[str, typer.Option(help="A model trained by latent-sft: a directory or a hub id.")],
+    data: Annotated[str, typer.Option(help="Questions with answers; also the columns reasoning and paths.")],
+    max_latent: Annotated[int, typer.Option(help="Thoughts at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    top_k: Annotated[int | None, typer.Option(help="Entries of a thought that are read; all, as published.")] = None,
+    open: _Open = "<think>",
+    close: _Close = "</think>",
+    limit: _Limit = None,
+    json: _Json = False,
+) -> None:
+    """How a model answers that thinks in laws.
+
+    Accuracy, the number of thoughts, the reasoning tokens that each stands for (column reasoning), and how many
+    alternative solutions are followed at once (column paths: solutions, each a list of texts).
+    """
+    from leibler.cli.latent import latent_command
+
+    options = {"max_latent": max_latent, "max_new_tokens": max_new_tokens, "top_k": top_k}
+    latent_command(model, data, limit, json, **options, open=open, close=close)

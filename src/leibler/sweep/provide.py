@@ -17,7 +17,6 @@ from leibler.sweep.settings import SETUP, Settings, Setup
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
-    from leibler.policy import CausalLM
 
 TASK = "task:brackets:depth=5,length=12,kinds=2,detours=1"
 """Its demonstrations differ, so the teacher has a law worth matching and not one answer only."""
@@ -61,7 +60,7 @@ def prepare(out: Path, settings: Settings, say: Say) -> Setup:
     return setup
 
 
-# ---- the embedded set-up -----------------------------------------------------------------------------------------------
+# ---- the embedded set-up ---------------------------------------------------------------------------------------------
 
 
 def _embedded(folder: Path, settings: Settings, say: Say) -> Setup:
@@ -118,7 +117,7 @@ def _learn(out: Path, start: Path | str, data: Mapping[str, str], settings: Sett
     )  # fmt: skip
 
 
-# ---- a set-up of the user's own ------------------------------------------------------------------------------------------
+# ---- a set-up of the user's own --------------------------------------------------------------------------------------
 
 
 def _own(folder: Path, settings: Settings) -> Setup:
@@ -183,7 +182,7 @@ def run_options(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in mine.items() if name not in ("steps", "tokens", "seed")}
 
 
-# ---- columns and pairs ---------------------------------------------------------------------------------------------------
+# ---- columns and pairs -----------------------------------------------------------------------------------------------
 
 
 def _pass_rate(setup: Setup, dataset: Dataset, settings: Settings) -> list[Any]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _prepare(out: Path, needs: Sequence[Asked], say: Callable[[str], None]) -> N
         raise RunError(f"the set-up could not be made: {_last_line(out / LOGS / 'prepare.log')}")
 
 
-# ---- one process after the other -----------------------------------------------------------------------------------------
+# ---- one process after the other -------------------------------------------------------------------------------------
 
 
 def _work(
@@ -129,8 +129,9 @@ def _work(
             log = out / LOGS / f"{job.name}.log"
 
             def look(job: Job = job) -> None:
-                if job.name in done:
-                    done[job.name] = min(_trained(out / RUNS / job.name), budget)
+                tokens = min(_trained(out / RUNS / job.name), budget) if job.name in done else 0
+                if tokens > done.get(job.name, 0):
+                    done[job.name] = tokens
                     progress.update(sum(done.values()), {}, None)
 
             status = _process(out, job.to_json(), log, look=look)

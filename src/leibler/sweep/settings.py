@@ -68,8 +68,8 @@ class Settings:
         for key in mine:
             if mine[key] != there.get(key):
                 raise RunError(
-                    f"{out} holds a sweep with {key}={there.get(key)}, not {mine[key]}; give another directory, or go on "
-                    "with the settings that it was begun with."
+                    f"{out} holds a sweep with {key}={there.get(key)}, not {mine[key]}; give another directory, or go "
+                    "on with the settings that it was begun with."
                 )
 
     @staticmethod

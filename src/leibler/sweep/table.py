@@ -1,4 +1,4 @@
-"""The table of a sweep: rows with mean and spread, and what the numbers say, in sentences that can come out either way."""
+"""The table of a sweep: rows with mean and spread, and findings that can come out either way."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _over(results: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-# ---- as text -----------------------------------------------------------------------------------------------------------
+# ---- as text ---------------------------------------------------------------------------------------------------------
 
 
 def shown(content: Row) -> tuple[list[Column], list[tuple[str, list[str]]]]:
@@ -184,26 +184,17 @@ def as_text(content: Row) -> str:
 def as_markdown(content: Row) -> str:
     """The same for a page of documentation."""
     columns, rows = shown(content)
-    lines = [
-        "| | " + " | ".join(f"{c.head}<br>{c.unit}" for c in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-        *(
-            f"| {f'`{name}`' if _is_slug(content, name) else name} | " + " | ".join(cells) + " |"
-            for name, cells in rows
-        ),
-    ]
+    slugs = {row["slug"] for row in content["rows"]}
+    lines = ["| | " + " | ".join(f"{c.head}<br>{c.unit}" for c in columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += ["| " + " | ".join([f"`{name}`" if name in slugs else name, *cells]) + " |" for name, cells in rows]
     return "\n".join(lines)
-
-
-def _is_slug(content: Row, name: str) -> bool:
-    return any(row["slug"] == name for row in content["rows"])
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-# ---- what the numbers say ----------------------------------------------------------------------------------------------
+# ---- what the numbers say --------------------------------------------------------------------------------------------
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -214,10 +205,10 @@ def findings(rows: Sequence[Row]) -> list[str]:
         return []
     out: list[str] = []
     for key, what, better in (
-        ("accuracy", "greedy accuracy", 1),
-        ("forward_kl", "the teacher by forward KL", -1),
-        ("own_reverse_kl", "the teacher by reverse KL on its own answers", -1),
-        ("ece", "its own accuracy (calibration error)", -1),
+        ("accuracy", "is the most accurate (greedy)", 1),
+        ("forward_kl", "is the nearest to the teacher by forward KL", -1),
+        ("own_reverse_kl", "is the nearest to the teacher by reverse KL on its own answers", -1),
+        ("ece", "is the best calibrated", -1),
     ):
         out += _first(trained, key, what, better)
     out += _beyond(trained, base)
@@ -244,12 +235,14 @@ def _first(rows: Sequence[Row], key: str, what: str, better: int) -> list[str]:
         return []
     first, second = ranked[:2]
     a, b = first["metrics"][key], second["metrics"][key]
+    if a == b:
+        same = [r["name"] for r in ranked if r["metrics"][key] == a]
+        return [f"None {what} alone: {', '.join(same)} share {_shown(key, a)}."]
     noise = max(first["spread"].get(key, 0.0), second["spread"].get(key, 0.0))
-    lead = "has the best" if better > 0 else "is the nearest to"
     tail = ""
     if len(first["values"][key]) > 1 and abs(a - b) <= noise:
         tail = "; their difference is within the spread of the seeds, so neither has won"
-    return [f"{first['name']} {lead} {what} ({_shown(key, a)}; next, {second['name']}, {_shown(key, b)}){tail}."]
+    return [f"{first['name']} {what} ({_shown(key, a)}; next, {second['name']}, {_shown(key, b)}){tail}."]
 
 
 def _beyond(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:
@@ -260,7 +253,7 @@ def _beyond(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:
         out.append(
             f"More accurate than the teacher ({percent(teacher)}): {', '.join(over)}."
             if over
-            else f"None is as accurate as the teacher ({percent(teacher)})."
+            else f"None is more accurate than the teacher ({percent(teacher)})."
         )
     if before is not None:
         under = [r["name"] for r in rows if r["metrics"].get("accuracy", 1.0) < before]
@@ -284,13 +277,14 @@ def _related(rows: Sequence[Row]) -> list[str]:
     near, right = zip(*pairs, strict=True)
     if len(set(near)) < 2 or len(set(right)) < 2:
         return []
-    rho = statistics.correlation(near, right, method="ranked")
+    from scipy.stats import spearmanr
+
+    rho = float(spearmanr(near, right).statistic)
     said = "so the nearer to the teacher, the more accurate" if rho < -0.6 else "so nearness alone does not tell"
     if rho > 0.6:
         said = "so the FARTHER from the teacher, the more accurate"
-    return [
-        f"Over {len(pairs)} methods the ranks in reverse KL on own answers and in accuracy correlate at {rho:.2f}, {said}."
-    ]
+    what = f"Over {len(pairs)} methods the ranks in reverse KL on own answers and in accuracy correlate at {rho:.2f}"
+    return [f"{what}, {said}."]
 
 
 def _diversity(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:

@@ -65,7 +65,7 @@ def _threads(wanted: int | None) -> None:
         torch.set_num_threads(wanted)
 
 
-# ---- the jobs ----------------------------------------------------------------------------------------------------------
+# ---- the jobs --------------------------------------------------------------------------------------------------------
 
 
 def _prepare(out: Path, settings: Settings, job: Mapping[str, Any]) -> None:
@@ -150,7 +150,7 @@ def _write(out: Path, job: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     durable.write_text(out / RESULTS / f"{job['name']}.json", text + "\n")
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def numbers(model: CausalLM, setup: Setup, settings: Settings) -> dict[str, float]:

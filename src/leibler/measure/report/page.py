@@ -18,6 +18,8 @@ from leibler.measure.report.measured import measure
 
 TEMPLATES = Path(__file__).parent / "templates"
 NAME = "report.html"
+SWEEP = "sweep.json"
+"""What `leibler.sweep.run_sweep` leaves."""
 
 
 def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) -> Path:
@@ -29,7 +31,8 @@ def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) 
     with a sentence when these are no longer there.
 
     Args:
-        run_dir: what ``leibler train`` wrote, or a directory with a ``demo.json`` that describes several runs.
+        run_dir: what ``leibler train`` wrote, or a directory with a ``demo.json`` that describes several runs, or with
+            the ``sweep.json`` of a sweep.
         evaluation: numbers measured before, as `leibler.measure.evaluate` or `leibler.measure.compare` return them;
             shown in place of measuring the accuracy again.
 
@@ -51,6 +54,11 @@ def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) 
         'report.html'
     """
     run_dir = Path(run_dir)
+    if (run_dir / SWEEP).is_file():
+        from leibler.measure.report.sweep import report
+        from leibler.sweep.settings import read_json
+
+        return _write(run_dir / NAME, report(read_json(run_dir / SWEEP)))
     if collect.is_demo(run_dir):
         content = demo.sections(run_dir, collect.read_demo(run_dir))
     elif stages := collect.stages(run_dir):
@@ -68,7 +76,7 @@ def write_report(run_dir: Path, *, evaluation: Mapping[str, Any] | None = None) 
     return _write(run_dir / NAME, render(content))
 
 
-def render(content: Mapping[str, Any]) -> str:
+def render(content: Mapping[str, Any], template: str = "report.html.j2") -> str:
     """The page as text. Whatever comes from data is escaped by the template, since ``content`` holds plain text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -84,7 +92,7 @@ def render(content: Mapping[str, Any]) -> str:
     script, style = (TEMPLATES / "report.js").read_text("utf-8"), (TEMPLATES / "report.css").read_text("utf-8")
     # The browser runs this script and no other, and fetches nothing, whatever a run's texts contain.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         **content,
         script=Markup(script),
         style=Markup(style),
