@@ -72,6 +72,18 @@ class Given(Handle):
         object.__setattr__(self, "view", view)
 
 
+@dataclass(frozen=True)
+class Only(Handle):
+    """A model that is asked about the rows of some domains, for `Routed`.
+
+    Elsewhere its law is uniform, and its log-probs are 0.
+    """
+
+    column: str = ""
+    values: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
+
+
 def Policy() -> Handle:
     """The model being trained, at this very step."""
     return Handle("policy")
@@ -240,6 +252,57 @@ class Tempered(Target):
     def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
         inner = self.target.combine
         return lambda leaves: (leaves[0] if inner is None else inner(leaves)) / self.temperature
+
+
+@dataclass(frozen=True)
+class Routed(Target):
+    """Another model for each domain: the one that a column of the row's record names.
+
+    Each model reads its own rows only; every one's head is multiplied over the whole batch where the vocabulary is
+    summed over. Merging several teachers that way: Learning beyond Teacher (2026).
+
+    Args:
+        column: of the data; a record with a value that is not named here is an error.
+        models: the model of each value, by name or handle.
+
+    Examples:
+        >>> experts = Routed("domain", {"math": "teacher_math", "code": "teacher_code"})
+        >>> [handle.name for handle in experts.handles]
+        ['teacher_math', 'teacher_code']
+        >>> target = LogLinear({experts: 1.25, Reference(): -0.25})
+    """
+
+    column: str
+    models: tuple[tuple[str, str], ...]
+
+    def __init__(self, column: str, models: Mapping[str, Handle | str] | tuple[tuple[str, Handle | str], ...]) -> None:
+        pairs = models.items() if isinstance(models, Mapping) else models
+        if not pairs:
+            raise RecipeError(f"Routed({column!r}) has no model; name one for each value of the column.")
+        for value, model in pairs:
+            if not isinstance(model, str) and type(model) is not Handle:
+                raise RecipeError(f"Routed takes models by name, and {value!r} has {type(model).__name__}; name one.")
+        named = tuple((str(v), m if isinstance(m, str) else m.name) for v, m in pairs)
+        if reserved := {m for _, m in named} & {"policy", "old", "behaviour"}:
+            raise RecipeError(f"Routed chooses among fixed models, and {min(reserved)!r} is the one that is trained.")
+        object.__setattr__(self, "column", column)
+        object.__setattr__(self, "models", named)
+
+    @property
+    def handles(self) -> tuple[Handle, ...]:
+        values: dict[str, list[str]] = {}
+        for value, model in self.models:
+            values.setdefault(model, []).append(value)
+        known = tuple(value for value, _ in self.models)
+        return tuple(Only(model, self.column, tuple(own), known) for model, own in values.items())
+
+    def sampled(self, logp: Lookup) -> Tensor:
+        return torch.stack([logp(handle) for handle in self.handles]).sum(0)
+
+    @property
+    def combine(self) -> Callable[[tuple[Tensor, ...]], Tensor]:
+        # A uniform law shifts every log-prob by the same number, which normalising takes away.
+        return lambda leaves: sum(leaves[1:], leaves[0])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from leibler.errors import RecipeError
 from leibler.fused import Linear, TargetRows
 from leibler.fused.coarse import OtherVocabulary
 from leibler.objective.needs import LogProb, TokenDivergence, WholeRows
-from leibler.objective.targets import Given, Handle, Lift, Target
+from leibler.objective.targets import Given, Handle, Lift, Only, Target
 from leibler.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ def alignments(recipe: Recipe, policy: CausalLM, models: Mapping[str, CausalLM])
             raise RecipeError(
                 f"{handle.name!r} is to read another view of the rows, but its tokenizer is not the student's; give a "
                 "model of the same tokenizer."
+            )
+        if isinstance(handle, Only) and handle.name in others:
+            raise RecipeError(
+                f"{handle.name!r} is asked about the rows of one domain, but its tokenizer is not the student's; give "
+                "a model of the same tokenizer."
             )
     lifted: set[str] = set()
     for need in recipe.needs():

@@ -35,6 +35,7 @@ from leibler.train.coupled import check as check_coupled
 from leibler.train.minibatches import micro_batches
 from leibler.train.plan import StreamPlan, make_plan
 from leibler.train.recipe import Recipe
+from leibler.train.routing import asked, placed
 from leibler.train.stored import written
 from leibler.train.tally import Step, Tally, finite, metric_names
 
@@ -155,6 +156,10 @@ class Engine:
         return step
 
     def _constants(self, handle: Handle, needs: list[Need], rows: Rows) -> dict[Need, Tensor]:
+        if (chosen := asked(handle, rows)) is not None:
+            found = self._constants(Handle(handle.name), needs, rows.select(chosen))
+            at = _events_of(rows, chosen)
+            return {n: x.new_zeros(at.shape).masked_scatter(at, x) for n, x in found.items()}
         if handle.name in self.stored:
             return {need: self.stored[handle.name].logp(rows).to(self.dtype) for need in needs}
         model = self._model(handle)
@@ -397,13 +402,27 @@ class Engine:
                     states = self._states(model, reading.tokens, reading.attention)
                     leaves[handle], readings[name] = self._linear(model, event_states(states, reading)), reading
                 else:
-                    leaves[handle] = self._linear(model, self._event_hidden(model, self._seen(handle, rows)))
+                    leaves[handle] = self._leaf(handle, model, rows)
             targets = [
                 written(t, self.stored, rows, self.temperature)
                 or target_rows(t, leaves, self.alignments, readings, self._states_of, self.micro_tokens)
                 for t in plan.targets
             ]
         return policy, targets
+
+    def _leaf(self, handle: Handle, model: CausalLM, rows: Rows) -> Linear:
+        """A model's heads at the events; where it is asked about some rows only, a pass over those."""
+        chosen = asked(handle, rows)
+        if chosen is None:
+            return self._linear(model, self._event_hidden(model, self._seen(handle, rows)))
+        at = _events_of(rows, chosen)
+        if self.lockstep:  # as many passes as the other processes make
+            hidden = self._event_hidden(model, rows)[at]
+        elif len(chosen):
+            hidden = self._event_hidden(model, rows.select(chosen))
+        else:
+            hidden = model.head()[0][:0]
+        return placed(self._linear(model, hidden), at)
 
     def _target_models(self, plan: StreamPlan) -> list[Handle]:
         """The models in memory, beside the policy itself, whose rows the targets are made of."""
