@@ -344,7 +344,8 @@ def whole_run(out: Any, stop: int | None = None, resume: bool = False, **params:
     data = [{"prompt": str(i)} for i in range(9)]
     return fit(
         made, student=tiny(0, dropout=0.2, dtype=torch.float32, loud=6.0), teacher=tiny(1, dtype=torch.float32),
-        data=data, out=out, steps=6, batch_size=8, learning_rate=0.01, max_new_tokens=4, save_every=2, sample_every=2, quiet=True,
+        data=data, out=out, steps=6, batch_size=8, learning_rate=0.01, max_new_tokens=4, save_every=2, sample_every=2,
+        quiet=True,
         resume=resume,
     )  # fmt: skip
 

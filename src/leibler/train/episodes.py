@@ -117,9 +117,13 @@ class Episodes(Source):
         rows = _rows(items, group, [SAMPLE] * len(group), owners, context)
         return {"main": _annotated(rows, episodes)}, state
 
+    def turns_at(self, step: int) -> int | None:
+        """The most turns of an episode that is drawn at a step; None: the environment's limit."""
+        return None if self.max_turns is None else max(_value(self.max_turns, step), 1)
+
     def _start(self, record: Record, step: int) -> Start:
         environment, task = environment_of(record, self.environment)
-        turns = None if self.max_turns is None else max(_value(self.max_turns, step), 1)
+        turns = self.turns_at(step)
         if self.prefix is None:
             return Start(environment, task, turns=turns)
         actions = demonstration(record, environment, task)
