@@ -111,6 +111,9 @@ BROKEN = [
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "fixed", scale=1.25),
     case(b.g_opd_pays_while_reward_and_ratio_agree, "g-opd", "clipped", clip=0.05),
     case(b.g_opd_is_myopic, "g-opd", "always-one", scale=1.0),
+    case(tg.g_opd_keeps_two_references, "g-opd", "sign", flipped()),
+    case(tg.g_opd_keeps_two_references, "g-opd", "one", anchor=None),
+    case(tg.g_opd_keeps_two_references, "g-opd", "plain", scale=1.0),
     # rlad
     case(tg.rlad_gates_by_the_teacher, "rlad", "sign", flipped()),
     case(tg.rlad_gates_by_the_teacher, "rlad", "grpo", alpha=1.0),

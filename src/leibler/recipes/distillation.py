@@ -31,6 +31,7 @@ from leibler.objective import (
     Ratio,
     Reference,
     Reward,
+    Routed,
     Signal,
     SquaredError,
     Switch,
@@ -151,16 +152,36 @@ def kdrl(
     )
 
 
-def g_opd(scale: float = 1.25, clip: float | None = 10.0) -> Recipe:
+def g_opd(
+    scale: float = 1.25,
+    clip: float | None = 10.0,
+    reference: str = "base",
+    anchor: str | None = None,
+    domains: tuple[str, ...] = (),
+    column: str = "domain",
+) -> Recipe:
     """Learning beyond Teacher (2026): on-policy distillation to ``teacher^scale * base^(1 - scale)``.
 
     ``scale=1`` is plain on-policy distillation for any base; above 1 it extrapolates away from the base.
 
+    A teacher of another size was trained from another base than the student. Then the reward is its log-ratio to its
+    own base, and the student is held to the student's: ``anchor (teacher / reference)^scale``. Several teachers are
+    merged by asking, for each row, the one of its domain.
+
     Args:
         scale: the reward's scaling.
-        clip: bound of each log-ratio of teacher to base (rare tokens of the base blow up otherwise).
+        clip: bound of each log-ratio to the teacher (to the anchor, where there is one); rare tokens of the base blow
+            up otherwise.
+        reference: the model under the teacher in the reward.
+        anchor: the model that the student is held to, such as ``reference``, its own initial law; None: the same.
+        domains: values of the column, each with a model ``teacher_VALUE`` of its own; none: one teacher.
+        column: of the data, that says which domain a record is of.
     """
-    target = LogLinear({Teacher(): scale, Model("base"): 1 - scale}, clip=clip)
+    teacher = Routed(column, {d: f"teacher_{d}" for d in domains}) if domains else Teacher()
+    if anchor in (None, reference):
+        target = LogLinear({teacher: scale, Model(reference): 1 - scale}, clip=clip)
+    else:
+        target = LogLinear({Model(anchor): 1.0, teacher: scale, Model(reference): -scale}, clip=clip)
     return Recipe(OnPolicy(), Objective(PolicyGradient(LogRatio(target, Policy()), Ratio())))
 
 

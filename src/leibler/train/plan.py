@@ -12,7 +12,7 @@ from leibler.objective.coupled import Coupled
 from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
-from leibler.objective.targets import Arithmetic, Geometric, Given, Handle, LogLinear, Old, Policy, Target
+from leibler.objective.targets import Arithmetic, Geometric, Given, Handle, LogLinear, Old, Policy, Routed, Target
 from leibler.objective.terms import Match, Term
 from leibler.train.pipeline import STUDENT, Pipeline
 from leibler.train.recipe import Recipe
@@ -229,6 +229,8 @@ def _short(value: Any) -> str:
         inside = ", ".join(f"{_short(part)}: {weight:.4g}" for part, weight in value.parts)
         clip = getattr(value, "clip", None)
         return f"{type(value).__name__}({{{inside}}}{'' if clip is None else f', clip={clip:g}'})"
+    if isinstance(value, Routed):
+        return f"Routed({value.column}, {_short(dict(value.models))})"
     if isinstance(value, Column) and value == Reward():
         return "Reward()"
     if not is_dataclass(value) or isinstance(value, type):
