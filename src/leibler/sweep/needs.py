@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from leibler.objective.targets import Lift
 from leibler.objective.terms import Preference
 from leibler.train.episodes import Episodes
+from leibler.train.latents import Latents
+from leibler.train.masking import reads_masked
 from leibler.train.pipeline import Pipeline, recipes_of
 from leibler.train.sources import Data
 from leibler.train.stages import Answer, AnswerJudge
@@ -64,17 +66,28 @@ def asked(method: Recipe | Pipeline) -> Asked:
         for name, kind in recipe.source.datasets().items():
             data[name] = kind if data.get(name, kind) == kind else "both"
         for part in parts(recipe.source):
-            if isinstance(part, Data):
-                columns[part.name] = tuple(dict.fromkeys((*columns.get(part.name, ()), *part.columns)))
-            if isinstance(part, Episodes) and part.environment is None:
-                columns[part.tasks] = (*columns.get(part.tasks, ()), "environment")
+            for name, wanted in _columns(part).items():
+                columns[name] = tuple(dict.fromkeys((*columns.get(name, ()), *wanted)))
             answers |= isinstance(part, (Answer, AnswerJudge))
+        if reads_masked(recipe.source):
+            other.append("a student that fills in masked positions")
         if any(isinstance(part, Lift) for part in parts(recipe.objective)):
             other.append("a teacher of a smaller vocabulary than the student's")
         pairs |= _paired(recipe)
         validation |= recipe.source.needs_validation
     named = {name: found for name, found in columns.items() if found}
     return Asked(frozenset(models), data, named, frozenset(pairs), answers, validation, tuple(dict.fromkeys(other)))
+
+
+def _columns(part: Any) -> dict[str, tuple[str, ...]]:
+    """The columns that a part of a source reads by itself, by data set."""
+    if isinstance(part, Data):
+        return {part.name: part.columns}
+    if isinstance(part, Latents):
+        return {part.name: (part.column,)}
+    if isinstance(part, Episodes) and part.environment is None:
+        return {part.tasks: ("environment",)}
+    return {}
 
 
 def _paired(recipe: Recipe) -> set[str]:

@@ -32,15 +32,15 @@ SHAPES = {"teacher": (128, 3), "student": (64, 2), "small": (32, 1)}
 """Hidden size and layers."""
 STEPS = {"teacher_base": 120, "teacher": 240, "student": 100, "small": 60}
 """Optimiser steps of each model of the embedded set-up."""
-CALLED = {"teacher_base": "teacher_base", "base": "teacher_base", "reference": "student"}
-"""What recipes call the teacher before it learnt the task, and the student before it learns from the teacher."""
+CALLED = {"teacher_base": "teacher_base", "base": "teacher_base", "reference_small": "small", "reference": "student"}
+"""What recipes call the teacher before it learnt the task, a smaller model than the student, and the student itself."""
 Say = Callable[[str], None]
 
 
 def offered(settings: Settings) -> Offered:
     """What the methods of a sweep can be given."""
     if settings.embedded:
-        models = {"teacher", "small", *CALLED}
+        models = {"teacher", *CALLED}
         return Offered(frozenset(models), frozenset({LEARNT, *TEXTS}), frozenset(COLUMNS), answers=True)
     from leibler.data import load
 
@@ -78,7 +78,7 @@ def _embedded(folder: Path, settings: Settings, say: Say) -> Setup:
     return _measured_out(
         Setup(
             student=models["student"],
-            models={**{k: models[k] for k in ("teacher", "small")}, **{k: models[v] for k, v in CALLED.items()}},
+            models={"teacher": models["teacher"], **{name: models[of] for name, of in CALLED.items()}},
             data=data,
             held_out=f"{TASK},n={settings.limit},seed=1,part=heldout",
             tuning=f"{TASK},n=64,seed=2,part=train",

@@ -40,7 +40,7 @@ def _megabytes(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return percent(value).removesuffix(" %")
+    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
 
 
 def _whole(value: float | None) -> str:
@@ -279,7 +279,7 @@ def _related(rows: Sequence[Row]) -> list[str]:
         return []
     from scipy.stats import spearmanr
 
-    rho = float(spearmanr(near, right).statistic)
+    rho = float(spearmanr(near, right)[0])  # type: ignore[arg-type]
     said = "so the nearer to the teacher, the more accurate" if rho < -0.6 else "so nearness alone does not tell"
     if rho > 0.6:
         said = "so the FARTHER from the teacher, the more accurate"

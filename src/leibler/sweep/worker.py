@@ -30,13 +30,23 @@ SAVES = 4
 
 
 def main(arguments: list[str]) -> int:
-    """Do one job; 0, 130 after an interruption, or 1 with a sentence (or a traceback) on standard error."""
-    out, job = Path(arguments[0]), json.loads(arguments[1])
+    """Do one job in a process made for it."""
+    import torch
+
+    from leibler import memory
+
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    settings = Settings.read(out)
-    _threads(settings.threads)
+    memory.keep()
+    threads = Settings.read(Path(arguments[0])).threads
+    if threads:
+        torch.set_num_threads(threads)
+    return work(Path(arguments[0]), json.loads(arguments[1]))
+
+
+def work(out: Path, job: Mapping[str, Any]) -> int:
+    """Do one job: 0, 130 after an interruption, or 1 with what was wrong as the last line of standard error."""
     try:
-        JOBS[job["kind"]](out, settings, job)
+        JOBS[job["kind"]](out, Settings.read(out), job)
     except KeyboardInterrupt:
         return INTERRUPTED
     except LeiblerError as error:
@@ -53,16 +63,6 @@ def _end_with_parent() -> None:
     while os.read(0, 1):  # no buffered reader: one that waits would hold its lock when the interpreter ends
         pass
     os._exit(INTERRUPTED)
-
-
-def _threads(wanted: int | None) -> None:
-    import torch
-
-    from leibler import memory
-
-    memory.keep()
-    if wanted:
-        torch.set_num_threads(wanted)
 
 
 # ---- the jobs --------------------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def _style(colours: Mapping[str, str]) -> str:
     return (
         '.sweep text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;'
         f"fill:{c['ink']}}}.sweep .soft{{fill:{c['soft']};font-size:10.5px}}.sweep .head{{font-weight:600}}"
-        f".sweep .grid{{stroke:{c['grid']}}}.sweep .zebra{{fill:{c['grid']};opacity:.55}}.sweep .card{{fill:{c['card']}}}"
+        f".sweep .grid{{stroke:{c['grid']}}}.sweep .zebra{{fill:{c['grid']};opacity:.55}}"
+        f".sweep .card{{fill:{c['card']}}}"
         f".sweep .dot{{fill:{c['dot']}}}.sweep .bar{{stroke:{c['dot']};stroke-width:2}}"
         f".sweep .base{{fill:{c['base']}}}.sweep .rule{{stroke:{c['base']};stroke-dasharray:3 3;opacity:.75}}"
     )

@@ -1,0 +1,124 @@
+"""Means, spreads, order and findings of a sweep."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from leibler.measure.report.sweep import figure, report, scatter
+from leibler.sweep.settings import Settings, Setup
+from leibler.sweep.table import as_markdown, as_text, findings, ordered, summary
+
+SETUP = Setup("m/s", {"teacher": "m/t"}, {"train": "task"}, "held", "tune", None, 100, 10, "a task")
+
+
+def result(name: str, seed: int = 0, **metrics: float) -> dict[str, Any]:
+    return {"name": name, "kind": "train", "slug": name, "seed": seed, "parameters": 5, "metrics": metrics}
+
+
+def made(*results: dict[str, Any], slugs=("kd", "gkd"), seeds=1, left_out=None, failed=None) -> dict[str, Any]:
+    return summary(SETUP, Settings(options={"learning_rate": 0.1}), slugs, left_out or {}, seeds, results, failed or {})
+
+
+def numbers(accuracy: float, kl: float, **more: float) -> dict[str, float]:
+    return {"accuracy": accuracy, "own_reverse_kl": kl, "forward_kl": kl, "reverse_kl": kl, **more}
+
+
+BASE = (result("baseline-student", **numbers(0.2, 2.0)), result("baseline-teacher", **numbers(0.8, 0.0)))
+
+
+def test_means_and_spreads_are_over_seeds():
+    content = made(
+        *BASE, result("kd-0", 0, **numbers(0.5, 1.0)), result("kd-1", 1, **numbers(0.7, 2.0)), slugs=["kd"], seeds=2
+    )
+    row = content["rows"][-1]
+    assert row["metrics"]["accuracy"] == pytest.approx(0.6)
+    assert row["spread"]["accuracy"] == pytest.approx(0.2 / math.sqrt(2))
+    assert row["seeds"] == [0, 1]
+    assert content["complete"]
+    assert "60.0 ± 14.1" in as_text(content)
+    assert "| `kd` |" in as_markdown(content)
+
+
+def test_what_did_not_run_and_what_failed_is_told_apart():
+    content = made(*BASE, result("kd-0", **numbers(0.5, 1.0)), slugs=["kd", "gkd", "akl"], failed={"gkd-0": "no room"})
+    assert not content["complete"]
+    assert content["missing"] == ["akl-0"]
+    assert content["rows"][-2]["errors"] == ["no room"]
+    assert "gkd-0 failed: no room" in as_text(content)
+    page = report(content)
+    assert "gkd-0 failed: no room" in page
+    assert "akl-0 has not run yet" in page
+
+
+def test_rows_stand_from_the_most_accurate_down_behind_the_baselines():
+    content = made(*BASE, result("kd-0", **numbers(0.3, 1.0)), result("gkd-0", **numbers(0.6, 1.5)))
+    assert [row["name"] for row in ordered(content["rows"])] == ["student, before", "teacher", "gkd", "kd"]
+
+
+def test_findings_come_out_either_way():
+    def said(*rows: dict[str, Any], seeds: int = 1) -> str:
+        return " ".join(made(*BASE, *rows, seeds=seeds)["findings"])
+
+    a = said(result("kd-0", **numbers(0.9, 1.0)), result("gkd-0", **numbers(0.6, 0.5)))
+    assert "kd is the most accurate (greedy) (90.0 %; next, gkd, 60.0 %)." in a
+    assert "gkd is the nearest to the teacher by forward KL (0.500; next, kd, 1.00)." in a
+    assert "More accurate than the teacher (80 %): kd." in a
+    assert "All are more accurate than the student was before (20 %), or as accurate." in a
+    b = said(result("kd-0", **numbers(0.1, 1.0)), result("gkd-0", **numbers(0.6, 0.5)))
+    assert "gkd is the most accurate" in b
+    assert "None is more accurate than the teacher (80 %)." in b
+    assert "Less accurate than the student was before (20 %): kd." in b
+    tie = said(result("kd-0", **numbers(0.6, 1.0)), result("gkd-0", **numbers(0.6, 0.5)))
+    assert "None is the most accurate (greedy) alone: kd, gkd share 60.0 %." in tie
+
+
+def test_a_difference_within_the_spread_of_the_seeds_has_no_winner():
+    rows = [
+        result(f"{s}-{k}", k, **numbers(v, 1.0 + k))
+        for s, pair in (("kd", (0.4, 0.7)), ("gkd", (0.5, 0.5)))
+        for k, v in enumerate(pair)
+    ]
+    said = next(f for f in made(*BASE, *rows, seeds=2)["findings"] if "most accurate" in f)
+    assert said.endswith("; their difference is within the spread of the seeds, so neither has won.")
+
+
+@pytest.mark.parametrize(
+    ("sign", "said"), [(-1, "the nearer to the teacher, the more accurate"), (1, "the FARTHER from")]
+)
+def test_ranks_tell_whether_nearness_goes_with_accuracy(sign, said):
+    rows = [
+        {
+            "name": f"m{i}",
+            "slug": f"m{i}",
+            "spread": {},
+            "values": {},
+            "metrics": {"own_reverse_kl": 1.0 + i, "accuracy": 0.5 + sign * i / 20},
+        }
+        for i in range(6)
+    ]
+    for row in rows:
+        row["values"] = {key: [value] for key, value in row["metrics"].items()}
+    assert any(said in sentence for sentence in findings(rows))
+
+
+def test_the_pictures_show_every_method_and_escape_names():
+    content = made(*BASE, result("kd-0", **numbers(0.5, 1.0)), result("gkd-0", **numbers(0.6, math.inf)))
+    content["rows"][2]["name"] = "<kd>"
+    drawn = figure(content)
+    assert "&lt;kd&gt;" in drawn
+    assert "<kd>" not in drawn
+    assert drawn.count("<circle") == 4 * 3 - 2  # an infinite divergence has no dot
+    assert "prefers-color-scheme" not in drawn
+    assert "prefers-color-scheme:dark" in figure(content, alone=False)
+    assert scatter(content)
+
+
+def test_a_user_without_a_checker_gets_a_table_without_accuracy():
+    rows = [result(n, forward_kl=v, reverse_kl=v, own_reverse_kl=v) for n, v in (("kd-0", 1.0), ("gkd-0", 2.0))]
+    content = made(result("baseline-student", forward_kl=3.0), *rows)
+    assert "accuracy" not in as_text(content).splitlines()[0]
+    assert scatter(content) == ""
+    assert "Near the teacher, or right?" not in report(content)
