@@ -16,11 +16,11 @@ from prepare import prepare
 DOCS = ROOT / "docs"
 PAGES = (
     "index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory", "reliability",
-    "vocabularies",
+    "vocabularies", "agents",
 )  # fmt: skip
 PACKAGES = (
     "divergence", "fused", "estimate", "objective", "policy", "data", "cache", "train", "recipes", "measure", "theory",
-    "claims",
+    "claims", "environment", "sweep",
 )  # fmt: skip
 
 
