@@ -51,6 +51,9 @@ BROKEN = [
 ]  # fmt: skip
 BROKEN_FULL = [
     case(t.sinkd_alone_mixes_contexts_up, "sinkd", "sign", flipped()),
+    case(t.scrg_band_alone_leaves_the_tail, SLUG, "sign", flipped(Match)),
+    case(t.scrg_band_alone_leaves_the_tail, SLUG, "bucket", tail="bucket"),
+    case(t.scrg_band_alone_leaves_the_tail, SLUG, "renormalise", tail="renormalise"),
     case(t.sinkd_alone_mixes_contexts_up, "sinkd", "no-kl", with_(Match, coefficient=1e-9)),
 ]
 
