@@ -209,7 +209,7 @@ def ready(recipe: Recipe, *, fresh_rows: bool = False, moved: float | None = Non
     make: Any = tiny_filling if reads_masked(recipe.source) else tiny
     policy = make(0).requires_grad_(True)
     given = {"teacher": make(1, padding=5), "base": make(2), "reference": make(3, padding=2), "previous": make(4)}
-    given.update(teacher_base=make(5), extreme=make(6), negative=make(7))
+    given.update(teacher_base=make(5), extreme=make(6), negative=make(7), reference_small=make(8))
     models, modules = resolve(recipe.models, policy, given)
     data = Dataset(tuple(records()), "made")
     text = Dataset(tuple(Record(r.prompt, completion=r.completion) for r in records()), "text")

@@ -571,7 +571,13 @@ def latent_sft(t: dict[str, Table], open: str, close: str, answer: float = 1.0, 
     return latent * sum(divergences, matrix.new_zeros(())) / len(divergences) - answer * mean
 
 
+def chosen(t: dict[str, Table], **_: Any) -> Tensor:
+    """The likelihood of what was kept: which rows those are is judged with the sources."""
+    return sft(t)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
+    "miniplm": chosen, "llkd": chosen,
     "adpa": adpa, "adpa/dckd": dckd, "adpa/adpa": advantage_guided,
     "erpd/extreme": erpd_extreme, "erpd/distil": erpd_distil,
     "erpd/negative": lambda t, **options: erpd_extreme(t, sign=-1.0, **options),

@@ -21,6 +21,8 @@ VARIANTS = [
     case("kd", imitate=0.5),
     case("akl", head_mass=0.8),
     case("minillm"),
+    case("llkd", uncertainty=0.0),
+    case("miniplm", share=1.0),
     case("minillm", text="text", start=0),
     case("minillm", epochs=1),
     case("distillm"),
@@ -65,6 +67,7 @@ GROUPED = ("kdrl", "rlad", "grpo", "disco", "inpo")
 NEEDED: dict[str, dict[str, Any]] = {
     "llada": {"length": 8},
     "erpd": {"group_size": 3},
+    "llkd": {"confidence": 0.0},  # of the drawn batch something must be left
     **{slug: {"group_size": 4} for slug in GROUPED},
 }
 NEEDED["latent-sft"] = {"open": "+", "close": "="}

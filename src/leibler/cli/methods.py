@@ -39,6 +39,8 @@ def show_method(slug: str, arguments: list[str], keys: bool = False) -> None:
     recipe = recipe_from(slug, split(arguments))
     print(f"{method.slug}: {method.summary}")
     print(f"{method.title} ({method.year}), {method.family}")
+    if method.command:
+        print(f"Its choice of data alone: {method.command} --help")
     parameters = inspect.signature(recipes.function(slug)).parameters
     if parameters:
         print(f"\nParameters (set with {PREFIX}NAME=VALUE)")

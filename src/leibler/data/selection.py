@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,60 @@ from leibler.data.records import FIELDS, Dataset, Record, told
 from leibler.errors import DataError
 
 Columns = Mapping[str, Sequence[float]]
+Read = Callable[[str], Columns]
+"""How a model, by its name, reads the completions: ``nll``, ``confidence`` and ``uncertainty`` of each."""
+
+
+class Scorer(Protocol):
+    """Columns of numbers to choose by, from how models read the records."""
+
+    @property
+    def models(self) -> tuple[str, ...]: ...
+
+    def __call__(self, read: Read) -> dict[str, Sequence[float]]: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """``difference = nll(reference) - nll(teacher)``, per token: how much better the teacher reads a text.
+
+    In the code that was released with the paper the columns are losses: the difference has the reference's first.
+    Source: MiniPLM: Knowledge Distillation for Pre-Training Language Models (2024).
+
+    Examples:
+        >>> Difference("large", "small")({"large": {"nll": [1.0]}, "small": {"nll": [3.0]}}.get)["difference"]
+        [2.0]
+    """
+
+    teacher: str = "teacher"
+    reference: str = "reference"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.teacher, self.reference)
+
+    def __call__(self, read: Read) -> dict[str, Sequence[float]]:
+        above, below = (read(name)["nll"] for name in self.models)
+        found = [b - a for a, b in zip(above, below, strict=True)]
+        return {"difference": found, "teacher_nll": above, "reference_nll": below}
+
+
+@dataclass(frozen=True)
+class SureAndUnsure:
+    """The teacher's ``confidence`` in a label (its completion) and the student's ``uncertainty`` there.
+
+    Source: Learning with Less: Knowledge Distillation from Large Language Models via Unlabeled Data (2024).
+    """
+
+    teacher: str = "teacher"
+    student: str = "policy"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.teacher, self.student)
+
+    def __call__(self, read: Read) -> dict[str, Sequence[float]]:
+        return {"confidence": read(self.teacher)["confidence"], "uncertainty": read(self.student)["uncertainty"]}
 
 
 class Rule(Protocol):
@@ -119,6 +173,17 @@ class Every:
     def __call__(self, columns: Columns) -> list[str | None]:
         found = [rule(columns) for rule in self.rules]
         return [next((r for r in reasons if r is not None), None) for reasons in zip(*found, strict=True)]
+
+
+def sure_and_unsure(confidence: float | None = None, uncertainty: float | None = None) -> Every:
+    """Both numbers of `SureAndUnsure` reach their threshold; None: their mean over the records at hand.
+
+    Examples:
+        >>> sure_and_unsure(0.5, 0.5)({"confidence": [0.9, 0.4], "uncertainty": [0.6, 0.8]})
+        [None, 'confidence 0.4 is outside 0.5 to inf']
+    """
+    wanted = {"confidence": confidence, "uncertainty": uncertainty}
+    return Every(tuple(AboveMean(by) if least is None else Between(by, least) for by, least in wanted.items()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,9 +14,10 @@ from leibler.data.records import Record
 from leibler.divergence import ForwardKL, SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import TargetRows, Want, functionals
-from leibler.measure.models import _linear, _padded, by_length, greedy, row_means
+from leibler.measure.models import _linear, _padded, greedy
 from leibler.policy import CausalLM, same_tokenizer
 from leibler.policy.model import evaluating
+from leibler.policy.reading import by_length, row_means
 
 
 @dataclass(frozen=True)

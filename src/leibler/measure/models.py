@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from leibler.divergence import Divergence, Entropy, ForwardKL, Functional, ReverseKL, Row, SampledLogProb
@@ -19,6 +19,7 @@ from leibler.measure.samples import distinct_answers, mean_pass_at_k
 from leibler.measure.summaries import entropy_summary
 from leibler.policy import CausalLM, MaskedLM, decode_masked, right_pad, same_tokenizer, sample, uniforms
 from leibler.policy.model import evaluating
+from leibler.policy.reading import by_length
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -321,21 +322,6 @@ def _batches(model: CausalLM, records: Iterable[Record], batch_size: int) -> Ite
 def _cut(model: CausalLM, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> Iterator[_Rows]:
     for part in by_length(pairs, batch_size):
         yield _padded(model, [pairs[i] for i in part])
-
-
-def by_length(pairs: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows, those of similar length together: less padding."""
-    if batch_size < 1:
-        raise DataError(f"a batch cannot have {batch_size} rows; give batch_size of at least 1.")
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def row_means(values: Float[Tensor, " events"], mask: Bool[Tensor, "rows time"]) -> Float64[Tensor, " rows"]:
-    """The mean of each row's events, on the CPU."""
-    owner, length = mask.nonzero()[:, 0].cpu(), mask.sum(1).cpu()
-    return torch.zeros(len(mask), dtype=torch.float64).index_add_(0, owner, values.double().cpu()) / length
 
 
 def greedy(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from leibler.divergence import Entropy, SampledLogProb
+from leibler.divergence import SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import Want, functionals
-from leibler.measure.models import _linear, _padded, by_length, row_means
+from leibler.measure.models import _linear, _padded
 from leibler.policy import CausalLM, sample, uniforms
 from leibler.policy.model import evaluating
+from leibler.policy.reading import Progress, by_length, reading, shares_right
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
-
-Progress = Callable[[int, int], None]
-"""Called with the records done and their number."""
 
 
 def read(
@@ -49,25 +46,7 @@ def read(
         >>> sorted(found), len(found["nll"]), all(0 < c < 1 for c in found["confidence"])
         (['confidence', 'nll', 'uncertainty'], 2, True)
     """
-    pairs = _encoded(model, records)
-    nll, entropy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
-    done = 0
-    with torch.no_grad(), evaluating(model):
-        for part in by_length(pairs, batch_size):
-            rows = _padded(model, [pairs[i] for i in part])
-            token, mask = rows[0][:, 1:][rows[2]], rows[2]
-            wants = [Want(SampledLogProb()), Want(Entropy())]
-            numbers = functionals(_linear(model, *rows), wants, token=token, vocab=model.vocab_size)
-            nll[part], entropy[part] = -row_means(numbers[0], mask), row_means(numbers[1], mask)
-            done += len(part)
-            if progress is not None:
-                progress(done, len(pairs))
-    largest = math.log(model.vocab_size)
-    return {
-        "nll": nll.tolist(),
-        "confidence": (-nll).exp().tolist(),
-        "uncertainty": (entropy / largest).clamp(0, 1).tolist(),
-    }
+    return reading(model, _encoded(model, records), batch_size, progress)
 
 
 def label_logps(model: CausalLM, records: Sequence[Record], batch_size: int = 16) -> list[list[float]]:
@@ -123,7 +102,7 @@ def pass_rates(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[float]:
-    """The share of a model's own answers to each record that are right.
+    """The share of a model's own answers to each record that are right; one cut off at the limit is wrong.
 
     Args:
         model: the model.
@@ -161,8 +140,7 @@ def pass_rates(
             temperature=temperature,
             group_size=samples,
         )
-        right = [check(records[i // samples], model.decode(ids)) >= 1.0 for i, ids in enumerate(drawn.completions())]
-        rates += [sum(right[i * samples : (i + 1) * samples]) / samples for i in range(len(records))]
+        rates += shares_right(model, drawn, samples, lambda i, text: check(records[i], text) >= 1.0)  # noqa: B023
         if progress is not None:
             progress(len(rates), len(dataset))
     return rates

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from leibler.data.records import Dataset
-from leibler.data.selection import AboveMean, Every, Selection, TopShare, select
-from leibler.measure.scores import Progress, read
+from leibler.data.selection import (
+    Columns,
+    Difference,
+    Rule,
+    Scorer,
+    Selection,
+    SureAndUnsure,
+    TopShare,
+    select,
+    sure_and_unsure,
+)
+from leibler.measure.scores import read
 from leibler.policy import CausalLM
+from leibler.policy.reading import Progress, part
 
 
 def miniplm(
@@ -41,11 +54,8 @@ def miniplm(
         >>> len(miniplm(texts, *models).kept)
         2
     """
-    above = read(teacher, dataset.records, batch_size, progress=_part(progress, 0, 2))["nll"]
-    below = read(reference, dataset.records, batch_size, progress=_part(progress, 1, 2))["nll"]
-    # In the code that was released the columns are losses: the difference has the reference's first.
-    columns = {"difference": [b - a for a, b in zip(above, below, strict=True)], "teacher_nll": above}
-    return select(dataset, {**columns, "reference_nll": below}, TopShare("difference", share))
+    models = {"teacher": teacher, "reference": reference}
+    return _select(dataset, Difference(), TopShare("difference", share), models, batch_size, progress)
 
 
 def llkd(
@@ -80,14 +90,19 @@ def llkd(
         >>> 1 <= len(llkd(labelled, *models).kept) <= 3
         True
     """
-    sure = read(teacher, dataset.records, batch_size, progress=_part(progress, 0, 2))["confidence"]
-    unsure = read(student, dataset.records, batch_size, progress=_part(progress, 1, 2))["uncertainty"]
-    rule = Every((AboveMean("confidence"), AboveMean("uncertainty")))
-    return select(dataset, {"confidence": sure, "uncertainty": unsure}, rule)
+    models = {"teacher": teacher, "policy": student}
+    return _select(dataset, SureAndUnsure(), sure_and_unsure(), models, batch_size, progress)
 
 
-def _part(progress: Progress | None, number: int, parts: int) -> Progress | None:
-    """The progress of one of several passes over the same records."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(number * total + done, parts * total)
+def _select(
+    dataset: Dataset,
+    by: Scorer,
+    rule: Rule,
+    models: Mapping[str, CausalLM],
+    batch_size: int,
+    progress: Progress | None,
+) -> Selection:
+    def scored(name: str) -> Columns:
+        return read(models[name], dataset.records, batch_size, progress=part(progress, by.models, name))
+
+    return select(dataset, by(scored), rule)

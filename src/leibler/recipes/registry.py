@@ -20,11 +20,12 @@ class Method:
         slug: the name on the command line.
         title, year: of the paper (the year it was first made public).
         family: what kind of learning it belongs to.
-        kind: how it is used; ``"recipe"``: trained by ``leibler train``; ``"selection"``: chooses data, by
-            ``leibler select``; ``"measurement"``: measures, by ``leibler measure``.
+        kind: how it is used; ``"recipe"``: trained by ``leibler train``; ``"measurement"``: measures, by
+            ``leibler measure``.
         summary: what it is for, in one line.
         where: ``"module:function"``; for a recipe inside `leibler.recipes`, and the function returns it.
-        command: what runs it on the command line, where that is not ``leibler train SLUG``.
+        command: what runs it on the command line, where that is not ``leibler train SLUG``; of a recipe, what does its
+            part without training.
     """
 
     slug: str
@@ -225,9 +226,9 @@ METHODS: dict[str, Method] = _table(
         "MiniPLM: Knowledge Distillation for Pre-Training Language Models",
         2024,
         "distillation",
-        "selection",
+        "recipe",
         "Pre-train on the texts that a teacher reads well and a small model does not.",
-        "leibler.measure.selecting:miniplm",
+        "selection:miniplm",
         "leibler select difference",
     ),
     Method(
@@ -235,9 +236,9 @@ METHODS: dict[str, Method] = _table(
         "Learning with Less: Knowledge Distillation from Large Language Models via Unlabeled Data",
         2024,
         "distillation",
-        "selection",
+        "recipe",
         "Learn from the labels that the teacher is sure of and the student is not.",
-        "leibler.measure.selecting:llkd",
+        "selection:llkd",
         "leibler select confident",
     ),
     Method(

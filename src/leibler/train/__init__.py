@@ -14,6 +14,7 @@ from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
 from leibler.train.repair import Repair
 from leibler.train.replay import Fixed, Replay
+from leibler.train.selected import Filtered, Selected
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, Keep, MuteEqual, Score, WinRate
 from leibler.train.trajectories import Trajectories
@@ -28,6 +29,7 @@ __all__ = [
     "Data",
     "Demonstrated",
     "Episodes",
+    "Filtered",
     "Fixed",
     "Frozen",
     "Keep",
@@ -47,6 +49,7 @@ __all__ = [
     "Sampled",
     "Schedule",
     "Score",
+    "Selected",
     "Snapshot",
     "Source",
     "Trained",

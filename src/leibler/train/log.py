@@ -86,6 +86,7 @@ class Progress:
         self.started, self.first, self.last_line = time.monotonic(), done, 0.0
         self.bar: Any = None
         self.task: Any = None
+        self.work: tuple[str, float, int] | None = None
         if not quiet and sys.stderr.isatty():
             self.bar, self.task = _bar(total, label, done)
             self.bar.start()
@@ -105,6 +106,19 @@ class Progress:
         rate = (step - self.first) / max(now - self.started, 1e-9)
         left = (self.total - step) / rate if rate > 0 else 0.0
         print(f"{self.label} {step}/{self.total}  {text}  {_clock(left)} left", file=sys.stderr, flush=True)
+
+    def working(self, what: str, done: int, total: int) -> None:
+        """Long work of a step: how far it is, and the time left; beside the bar, or a line now and then."""
+        now = time.monotonic()
+        if self.work is None or self.work[0] != what:
+            self.work = (what, now, done)
+        _, began, first = self.work
+        left = (total - done) * (now - began) / max(done - first, 1)
+        if self.bar is not None:
+            self.bar.update(self.task, text=f"{what} {done}/{total}  {_clock(left)} left")
+        elif not self.quiet and now - max(self.last_line, began) >= 5.0:
+            self.last_line = now
+            print(f"{what} {done}/{total}  {_clock(left)} left", file=sys.stderr, flush=True)
 
     def say(self, message: str) -> None:
         """A line above the bar."""

@@ -39,7 +39,7 @@ from leibler.train.validation import validate
 if TYPE_CHECKING:
     from leibler.cache import TeacherCache
     from leibler.data import Dataset
-    from leibler.policy import CausalLM
+    from leibler.policy import CausalLM, LanguageModel
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ T = TypeVar("T")
 def fit(
     recipe: Recipe | Pipeline | str,
     *,
-    student: CausalLM | str | Path,
+    student: LanguageModel | str | Path,
     data: Any,
     out: str | Path,
     teacher: CausalLM | TeacherCache | str | Path | None = None,
@@ -63,7 +63,7 @@ def fit(
 
     Args:
         recipe: a `Recipe` or a `Pipeline`, or the slug of a published one.
-        student: the model to train: a directory, a hub id or a `CausalLM` (which is trained in place).
+        student: the model to train: a directory, a hub id or a `LanguageModel` (which is trained in place).
         data: records (a file, ``task:NAME``, ``corpus:stdlib``, a Datasets object, a list of dicts), or a mapping of
             names to such when the recipe draws from several.
         out: the run directory; it must not hold another run.
@@ -238,6 +238,7 @@ class _Trainer:
         self._begin()
         total = self.options.tokens or self.options.steps
         progress = Progress(total, quiet=self.quiet or not self.main, done=self._done)
+        self.working = progress.working
         try:
             with interruptible(self._request_stop):
                 while self._done < total and not self._anywhere(self.stop):
@@ -313,9 +314,11 @@ class _Trainer:
             world=self.processes.world,
             gather=self.processes.gather,
             rollouts=self.rollouts,
+            working=self.working,
         )
         # No set: all processes must gather the models in one order.
-        sampled = dict.fromkeys("policy" if h.name == "old" else h.name for h in self.recipe.source.handles())
+        source = self.recipe.source
+        sampled = dict.fromkeys("policy" if h.name == "old" else h.name for h in (*source.handles(), *source.readers()))
         with self.processes.whole(*(self.models[name] for name in sampled)):
             drawn, self.source_state = self.recipe.source.draw(context, self.source_state)
         self.draw += 1
@@ -405,6 +408,7 @@ class _Trainer:
         return self.step // every > max(self.last_due, 0) // every
 
     last_due = 0
+    working: Callable[[str, int, int], None] | None = None
 
     def _due(self) -> None:
         """Validation and checkpoint, when a multiple of their interval was reached since the last draw."""

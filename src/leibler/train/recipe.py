@@ -11,7 +11,7 @@ from leibler.objective.needs import Comparison, LogProb, Need, Output, OverVocab
 from leibler.objective.objective import Objective, walk
 from leibler.objective.schedules import Hinge
 from leibler.objective.signals import Importance, Signal
-from leibler.objective.targets import Behaviour, Given, Handle, Old, Policy
+from leibler.objective.targets import Behaviour, Given, Handle, Old, Only, Policy
 from leibler.objective.terms import Match, PolicyGradient, Term
 from leibler.train.models import Frozen, Measured, ModelRule, Trained
 from leibler.train.sources import Origin, Source
@@ -177,6 +177,8 @@ class Recipe:
         for handle in self.source.handles():
             if isinstance(handle, Given):
                 raise RecipeError(f"responses cannot be sampled from {handle.name!r} given a view; name the model.")
+            if isinstance(handle, Only):
+                raise RecipeError("responses cannot be sampled from a Routed law; name one model, or mix them.")
         for need in self.needs():
             if isinstance(need, LogProb) and isinstance(need.of, Given) and need.of.name == "policy":
                 raise RecipeError("a log-prob of the policy given a view is taken once per draw: name it Given(Old()).")
@@ -213,7 +215,7 @@ class Recipe:
 
     def handles(self) -> set[Handle]:
         """Every model that some part reads."""
-        found = set(self.source.handles())
+        found = {*self.source.handles(), *self.source.readers()}
         for need in self.needs():
             if isinstance(need, LogProb):
                 found.add(need.of)

@@ -53,6 +53,9 @@ class Replay(Source):
     def handles(self) -> tuple[Handle, ...]:
         return self.source.handles()
 
+    def readers(self) -> tuple[Handle, ...]:
+        return self.source.readers()
+
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()
 
@@ -123,6 +126,9 @@ class Fixed(Source):
 
     def handles(self) -> tuple[Handle, ...]:
         return self.source.handles()
+
+    def readers(self) -> tuple[Handle, ...]:
+        return self.source.readers()
 
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()

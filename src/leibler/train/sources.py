@@ -53,6 +53,8 @@ class Context:
     """Samples the policy's responses; None: `leibler.policy.sample` does."""
     failed: Callable[[Record, str, str], None] | None = None
     """Hears of each response that a stage sets aside: its record, its text and the reason."""
+    working: Callable[[str, int, int], None] | None = None
+    """Hears how far long work is: what it is, what is done, how much there is."""
     say: Callable[[str], None] = lambda message: None
     """Shows a sentence to whoever watches the run."""
 
@@ -87,6 +89,10 @@ class Source:
 
     def handles(self) -> tuple[Handle, ...]:
         """The models it samples from."""
+        return ()
+
+    def readers(self) -> tuple[Handle, ...]:
+        """The models that only read its texts, each in its own tokens."""
         return ()
 
     def datasets(self) -> Mapping[str, str]:
@@ -163,15 +169,22 @@ class Data(Source):
         return {self.name: "labels"}
 
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        records, state = self.next(context, state)
+        return {"main": self.batch([records[i][1] for i in context.share(len(records))], context)}, state
+
+    def next(self, context: Context, state: State) -> tuple[list[tuple[int, Record]], State]:
+        """The next records of all processes, with their places in the data."""
+        data, wanted = context.dataset(self.name), self.rows or context.rows
+        return _next_records(data, state, max(wanted // 2, 1) if data.kind == "preferences" else wanted, context.seed)
+
+    def batch(self, records: Sequence[Record], context: Context) -> Rows:
+        """Records as rows."""
         data = context.dataset(self.name)
         pairs = data.kind == "preferences"
-        wanted = self.rows or context.rows
-        records, state = _next_records(data, state, max(wanted // 2, 1) if pairs else wanted, context.seed)
-        records = [records[i] for i in context.share(len(records))]
         items: list[tuple[list[int], list[int]]] = []
         group, role, owners, silent = [], [], [], []
         encode = context.policy
-        for number, (_, record) in enumerate(records):
+        for number, record in enumerate(records):
             prompt = encode.encode_prompt(record.prompt)
             answers = [(record.chosen, CHOSEN), (record.rejected, REJECTED)] if pairs else [(record.completion, SAMPLE)]
             for text, kind in answers:
@@ -184,7 +197,7 @@ class Data(Source):
                 role.append(kind)
                 owners.append(record)
         rows = silenced(_rows(items, group, role, owners, context), silent)
-        return {"main": rows.with_columns(**{name: _column(name, rows) for name in self.columns})}, state
+        return rows.with_columns(**{name: _column(name, rows) for name in self.columns})
 
 
 def silenced(rows: Rows, spans: Sequence[Sequence[tuple[int, int]]]) -> Rows:
@@ -383,6 +396,9 @@ class Staged(Source):
     def handles(self) -> tuple[Handle, ...]:
         return self.source.handles()
 
+    def readers(self) -> tuple[Handle, ...]:
+        return self.source.readers()
+
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()
 
@@ -421,6 +437,9 @@ class Mixture(Source):
 
     def handles(self) -> tuple[Handle, ...]:
         return tuple(h for _, source in self.sources for h in source.handles())
+
+    def readers(self) -> tuple[Handle, ...]:
+        return tuple(h for _, source in self.sources for h in source.readers())
 
     def datasets(self) -> Mapping[str, str]:
         return _together(*(source for _, source in self.sources))
@@ -493,6 +512,9 @@ class Adaptive(Source):
 
     def handles(self) -> tuple[Handle, ...]:
         return (*self.data.handles(), *self.rollouts.handles())
+
+    def readers(self) -> tuple[Handle, ...]:
+        return (*self.data.readers(), *self.rollouts.readers())
 
     def datasets(self) -> Mapping[str, str]:
         return _together(self.data, self.rollouts)

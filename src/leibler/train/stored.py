@@ -83,6 +83,10 @@ def check(
             raise RecipeError(
                 f"responses are sampled from {name!r}, and a teacher cache cannot be sampled from; {_LIVE}"
             )
+        if Handle(name) in recipe.source.readers():
+            raise RecipeError(
+                f"records are chosen by what {name!r} makes of them, which no teacher cache tells; {_LIVE}"
+            )
         cache.check_model(policy)
         cache.check_temperature(temperature)
     fresh, read = recipe.source.fresh(), recipe.source.stream_data()
