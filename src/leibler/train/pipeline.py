@@ -27,7 +27,7 @@ from leibler.train.result import Run, finished
 from leibler.train.stored import is_stored
 
 if TYPE_CHECKING:
-    from leibler.policy import CausalLM
+    from leibler.policy import CausalLM, LanguageModel
 
 STUDENT = "student"
 """What a stage starts from, or reads, if not the result of an earlier stage."""
@@ -189,7 +189,7 @@ def run(
     fit: Callable[..., Run],
     origin: Mapping[str, Any],
     *,
-    student: CausalLM | str | Path,
+    student: LanguageModel | str | Path,
     data: Any,
     out: Path,
     teacher: Any,
