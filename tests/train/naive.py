@@ -469,10 +469,12 @@ def llada(t: dict[str, Table], length: int) -> Tensor:
     return total / len(rows)
 
 
-def tad(t: dict[str, Table], delta: int = 8, commit: int = 1) -> Tensor:
+def tad(t: dict[str, Table], delta: int = 8, commit: int = 1, temperature: float = 1.0) -> Tensor:
     made, rows = t["main"].made, t["main"].rows
     mask_id, other = made.policy.tokenizer.mask_token_id, rows.views["privileged"]
-    p, q = masked_law(made.policy, rows), masked_law(made.models["initial"], other).detach()
+    hot = TEMPERATURE * temperature
+    p, hot_p = masked_law(made.policy, rows), masked_law(made.policy, rows, hot)
+    q = masked_law(made.models["initial"], other, hot).detach()
     parts: dict[str, list[Tensor]] = {"near": [], "distant": []}
     for i in range(len(rows)):
         here = [k for k in range(p.shape[1]) if rows.tokens[i, k + 1] == mask_id]
@@ -482,7 +484,7 @@ def tad(t: dict[str, Table], delta: int = 8, commit: int = 1) -> Tensor:
                 parts["near"].append(-p[i, k, rows.labels[i, k]])
             if rows.columns["distant"][i, k]:
                 support = [v for v in range(p.shape[2]) if v != mask_id]
-                parts["distant"].append((q[i, j].exp() * (q[i, j] - p[i, k]))[support].sum())
+                parts["distant"].append(temperature**2 * (q[i, j].exp() * (q[i, j] - hot_p[i, k]))[support].sum())
     assert delta < 6 or not parts["distant"]
     return sum((sum(part) / len(part) for part in parts.values() if part), p.new_zeros(()))
 

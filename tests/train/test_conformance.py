@@ -53,7 +53,7 @@ VARIANTS = [
     case("tcod", curriculum="b2f", scale=0.5),
     case("tcod", curriculum="none"),
     case("latent-sft", open="+", close="=", answer=0.3, latent=2.0),
-    case("tad", delta=2),
+    case("tad", delta=2, temperature=2.0),
     case("tad", delta=0, commit=2),
     case("grpo", group_size=4, minibatches=2, epochs=2),
     case("grpo", group_size=4, coefficient=0.0),

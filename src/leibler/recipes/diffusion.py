@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leibler.divergence import ForwardKL
+from leibler.divergence import ForwardKL, Heated
 from leibler.objective import Column, Given, Imitate, Match, Model, Objective
 from leibler.objective.reduce import SequenceMean
 from leibler.train import Data, Masked, Recipe, Trajectories
@@ -27,6 +27,7 @@ def tad(
     commit: int = 1,
     imitate: float = 1.0,
     distant: float = 1.0,
+    temperature: float = 1.0,
     hint: str = "Reference Answer: {answer}\n{prompt}",
     hinted: bool = True,
 ) -> Recipe:
@@ -35,22 +36,23 @@ def tad(
     In a masked state on the way of a decoding trajectory, tokens that the trajectory reveals within ``delta`` passes
     are learned as labels (a mean over all such tokens of the batch); at the other masked positions the law of the model
     as it was at the start, which reads the gold answer too, is matched by the forward KL. The released code trains a
-    low-rank adapter (``adapter_rank=128``), ``learning_rate=2e-5`` and batches of 32 for one epoch. A temperature for
-    the KL alone, with the factor of its square, is not offered: the published one is 1.
+    low-rank adapter (``adapter_rank=128``), ``learning_rate=2e-5`` and batches of 32 for one epoch.
 
     Args:
         delta: passes that labels are ahead: larger decodes faster, smaller is more careful.
         commit: tokens that each pass of the trajectory reveals.
         imitate: coefficient of the near tokens.
         distant: coefficient of the forward KL at the distant ones.
+        temperature: of both laws in that KL, which is multiplied by its square.
         hint: the teacher's prompt; ``{answer}`` and ``{prompt}`` stand for the record's.
         hinted: decode the trajectories with the hint too, as the paper says; False: from the plain prompt.
     """
     teacher = Given(Model("initial"), "privileged")
+    divergence = ForwardKL() if temperature == 1.0 else Heated(ForwardKL(), temperature)
     return Recipe(
         Trajectories(delta, commit, hint=hint, hinted=hinted),
         Objective(
             Imitate(where="near", coefficient=imitate),
-            Match(ForwardKL(), to=teacher, where="distant", coefficient=distant),
+            Match(divergence, to=teacher, where="distant", coefficient=distant * temperature**2),
         ),
     )
