@@ -16,7 +16,7 @@ from prepare import prepare
 DOCS = ROOT / "docs"
 PAGES = (
     "index", "tutorial", "concepts", "choosing", "cli", "write-a-recipe", "run-directory", "reliability",
-    "vocabularies", "agents",
+    "vocabularies", "agents", "masked",
 )  # fmt: skip
 PACKAGES = (
     "divergence", "fused", "estimate", "objective", "policy", "data", "cache", "train", "recipes", "measure", "theory",
