@@ -1,6 +1,6 @@
 """Multi-turn environments of text: the interface, a small world, an adapter.
 
-`leibler.environment.play` plays them with models; nothing else here imports a tensor library.
+No module here imports a tensor library before a model plays.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from leibler.environment.base import (
     replay,
 )
 from leibler.environment.gymnasium import GymnasiumText
+from leibler.environment.playing import Episode, Start, play
 from leibler.environment.registry import environments, get
 from leibler.environment.textworld import TextWorld
 
 __all__ = [
     "Environment",
+    "Episode",
     "GymnasiumText",
     "Outcome",
     "Played",
     "Session",
+    "Start",
     "TextWorld",
     "check_environment",
     "environments",
     "get",
+    "play",
     "replay",
 ]

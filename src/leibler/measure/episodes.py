@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leibler.environment.play import Episode, Start, environment_of, play, sampled_turn
+from leibler.environment.playing import Episode, Start, environment_of, play, sampled_turn
 from leibler.errors import DataError
 from leibler.measure.samples import mean_pass_at_k
 from leibler.policy.randomness import uniforms

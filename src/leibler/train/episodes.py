@@ -10,7 +10,7 @@ import torch
 
 from leibler.environment.base import Environment
 from leibler.environment.dialogue import demonstration
-from leibler.environment.play import Act, Episode, Start, environment_of, play, sampled_turn
+from leibler.environment.playing import Act, Episode, Start, environment_of, play, sampled_turn
 from leibler.errors import RecipeError
 from leibler.objective.rows import SAMPLE, Rows
 from leibler.objective.schedules import OfStep
