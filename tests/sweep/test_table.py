@@ -50,7 +50,7 @@ def test_what_did_not_run_and_what_failed_is_told_apart():
     assert "gkd-0 failed: no room" in as_text(content)
     page = report(content)
     assert "gkd-0 failed: no room" in page
-    assert "akl-0 has not run yet" in page
+    assert "Not run yet: akl-0." in page
 
 
 def test_rows_stand_from_the_most_accurate_down_behind_the_baselines():

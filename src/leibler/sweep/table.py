@@ -25,22 +25,24 @@ class Column:
         key: in ``sweep.json``.
         head, unit: above the column.
         better: 1 if more is better, -1 if less is, 0 if neither is.
-        show: the number as text.
+        shown: a number in that unit as text.
+        per: the unit, in that of ``sweep.json``.
     """
 
     key: str
     head: str
     unit: str
     better: int
-    show: Callable[[float | None], str] = number
+    shown: Callable[[float | None], str] = number
+    per: float = 1.0
+
+    def show(self, value: float | None) -> str:
+        """The number as text; a dash where there is none."""
+        return self.shown(None if value is None else value / self.per)
 
 
-def _megabytes(value: float | None) -> str:
-    return number(None if value is None else value / 2**20)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+def _tenths(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 def _whole(value: float | None) -> str:
@@ -48,18 +50,18 @@ def _whole(value: float | None) -> str:
 
 
 COLUMNS = (
-    Column("forward_kl", "forward KL", "nats per token", -1),
-    Column("reverse_kl", "reverse KL", "nats per token", -1),
-    Column("own_reverse_kl", "on own answers", "reverse KL, nats", -1),
-    Column("accuracy", "accuracy", "greedy, %", 1, _share),
-    Column("pass@1", "pass@1", "%", 1, _share),
-    Column("pass@8", "pass@8", "%", 1, _share),
+    Column("forward_kl", "forward KL", "demonstrations", -1),
+    Column("reverse_kl", "reverse KL", "demonstrations", -1),
+    Column("own_reverse_kl", "reverse KL", "own answers", -1),
+    Column("accuracy", "accuracy", "greedy, %", 1, _tenths, 0.01),
+    Column("pass@1", "pass@1", "%", 1, _tenths, 0.01),
+    Column("pass@8", "pass@8", "%", 1, _tenths, 0.01),
     Column("distinct", "distinct", "answers of 8", 0),
     Column("distinct_right", "right ones", "distinct, of 8", 1),
-    Column("ece", "ECE", "%", -1, _share),
-    Column("text_nll", "text", "nats per token", -1),
+    Column("ece", "ECE", "%", -1, _tenths, 0.01),
+    Column("text_nll", "text", "nats a token", -1),
     Column("tokens_per_second", "tokens/s", "trained", 1, _whole),
-    Column("memory", "memory", "peak, MB", -1, _megabytes),
+    Column("memory", "memory", "peak, MB", -1, _tenths, 2.0**20),
 )
 
 
@@ -283,8 +285,8 @@ def _related(rows: Sequence[Row]) -> list[str]:
     said = "so the nearer to the teacher, the more accurate" if rho < -0.6 else "so nearness alone does not tell"
     if rho > 0.6:
         said = "so the FARTHER from the teacher, the more accurate"
-    what = f"Over {len(pairs)} methods the ranks in reverse KL on own answers and in accuracy correlate at {rho:.2f}"
-    return [f"{what}, {said}."]
+    ranks = f"Over {len(pairs)} methods the ranks in reverse KL on own answers and in accuracy"
+    return [f"{ranks} correlate at {number(rho, 2)}, {said}."]
 
 
 def _diversity(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:

@@ -34,6 +34,7 @@ class Series:
             ``marks`` do not.
         colour: 1 to 6, or 0 for grey.
         labels: what hovering says about each point, instead of its x.
+        fade: whether ``dots`` do so.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Series:
     kind: Kind = "line"
     colour: int = 1
     labels: Sequence[str] = ()
+    fade: bool = True
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def chart(
     if y_axis is None:
         y_axis = axis_of([v for s in series for v in s.y], log)
     drawn = Markup("").join(_drawn(s, x_axis, y_axis) for s in series)
-    show = _tick_percent if share else _tick
+    show = _tick_percent if share else tick
     unit = f"{unit}, logarithmic" if unit and y_axis.log else unit or ("logarithmic" if y_axis.log else "")
     grid, labels = Markup(""), Markup("")
     for value in y_axis.ticks(5 if tall else 4):
@@ -187,7 +189,7 @@ def chart(
         labels += Markup('<span class="ty" style="bottom:{}%">{}</span>').format(round(100 * at, 2), show(value))
     for value in x_axis.ticks(4):
         at = x_axis.place(value)
-        labels += Markup('<span class="tx" style="left:{}%">{}</span>').format(round(100 * at, 2), _tick(value))
+        labels += Markup('<span class="tx" style="left:{}%">{}</span>').format(round(100 * at, 2), tick(value))
     keys = Markup("").join(
         Markup('<li><i class="k {} c{}"></i>{}</li>').format(s.kind, s.colour, s.name) for s in series if s.name
     )
@@ -219,7 +221,7 @@ def _drawn(series: Series, x_axis: Axis, y_axis: Axis) -> Markup:
         for x, y in zip(series.x, series.y, strict=True)
     ]
     if series.kind in ("dots", "marks"):
-        last = max(len(places) - 1, 1) if series.kind == "dots" else 0
+        last = max(len(places) - 1, 1) if series.kind == "dots" and series.fade else 0
         return Markup("").join(
             Markup('<path class="dot c{}" stroke-opacity="{}" d="M{} {}h.01"/>').format(
                 series.colour, round(0.25 + 0.75 * i / last, 2) if last else 1, _px(place[0]), _px(place[1])
@@ -262,7 +264,7 @@ def _points(
     for index, s in enumerate(named):
         for i, (x, y) in enumerate(zip(s.x, s.y, strict=True)):
             if math.isfinite(y) and not (scatter and s.kind != "dots"):
-                label = s.labels[i] if s.labels else f"{x_title} {_tick(round(x, 6))}"
+                label = s.labels[i] if s.labels else f"{x_title} {tick(round(x, 6))}"
                 shown = y if y > 0 or not y_axis.log else y_axis.low
                 said = text(y)
                 if s.kind == "dots":  # a scatter has two numbers to read
@@ -281,7 +283,7 @@ def _said(title: str, unit: str, series: Sequence[Series], x_title: str, share: 
         if pairs and s.name and s.kind != "raw":
             (x0, y0), (x1, y1) = pairs[0], pairs[-1]
             show = (lambda v: f"{100 * v:.1f} %") if share else number
-            text += f"; {s.name}: {show(y0)} at {x_title} {_tick(x0)}, {show(y1)} at {x_title} {_tick(x1)}"
+            text += f"; {s.name}: {show(y0)} at {x_title} {tick(x0)}, {show(y1)} at {x_title} {tick(x1)}"
     return text + "."
 
 
@@ -306,7 +308,7 @@ def _px(share: float) -> str:
     return f"{1000 * share:.1f}".removesuffix(".0")
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """A tick's label: no digits that say nothing."""
     if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
         mantissa, exponent = f"{value:.1e}".split("e")

@@ -19,7 +19,7 @@ from leibler.sweep.table import COLUMNS, Column, ordered, shown
 Row = Mapping[str, Any]
 PANELS = ("accuracy", "own_reverse_kl", "forward_kl", "pass@8", "distinct", "ece", "tokens_per_second", "memory")
 """The numbers that are drawn, from left to right."""
-NAMES, PANEL, GAP, LINE, TOP, BELOW = 190, 118, 22, 21, 62, 34
+NAMES, PANEL, GAP, LINE, TOP, BELOW = 190, 99, 19, 21, 62, 34
 """Pixels of the picture: names, a panel and the gap beside it, a row, what stands above and below the rows."""
 LIGHT = {"ink": "#1b1d21", "soft": "#5a6069", "grid": "#e9ebed", "dot": "#1666a8", "base": "#c4501b", "card": "#ffffff"}
 DARK = {"ink": "#e8e9eb", "soft": "#a2a9b3", "grid": "#2c3138", "dot": "#62aee8", "base": "#ee8450", "card": "#191c20"}
@@ -83,7 +83,9 @@ def scatter(content: Row) -> Markup:
 
     def series(name: str, trained: bool, colour: int) -> Series:
         mine = [p for p in points if p[3] == trained]
-        return Series(name, [p[1] for p in mine], [p[2] for p in mine], "dots", colour, [p[0] for p in mine])
+        return Series(
+            name, [p[1] for p in mine], [p[2] for p in mine], "dots", colour, [p[0] for p in mine], fade=False
+        )
 
     return figures.chart(
         "Accuracy",
@@ -149,7 +151,8 @@ def _names(rows: Sequence[Row], width: int) -> str:
 
 
 def _panel(column: Column, rows: Sequence[Row], left: float) -> str:
-    found = [row["metrics"][column.key] for row in rows if math.isfinite(row["metrics"].get(column.key, math.nan))]
+    values = [row["metrics"].get(column.key, math.nan) / column.per for row in rows]
+    found = [value for value in values if math.isfinite(value)]
     log = min(found) > 0 and max(found) / min(found) > 20
     scale = axis_of(found, log, zero=False)
     bottom = TOP + LINE * len(rows)
@@ -165,19 +168,18 @@ def _panel(column: Column, rows: Sequence[Row], left: float) -> str:
     for value in _ticks(scale):
         out.append(f'<path d="M{x(value)} {TOP - 6}V{bottom}" class="grid"/>')
         label = f'<text x="{x(value)}" y="{bottom + 16}" text-anchor="middle" class="soft">'
-        out.append(f"{label}{column.show(value)}</text>")
+        out.append(f"{label}{figures.tick(value)}</text>")
     for row in rows:  # what the methods began with, and what they learnt from
         if not row["slug"] and column.key in row["metrics"]:
-            out.append(f'<path d="M{x(row["metrics"][column.key])} {TOP}V{bottom}" class="rule"/>')
-    for number, row in enumerate(rows):
-        value = row["metrics"].get(column.key, math.nan)
+            out.append(f'<path d="M{x(row["metrics"][column.key] / column.per)} {TOP}V{bottom}" class="rule"/>')
+    for number, (row, value) in enumerate(zip(rows, values, strict=True)):
         if not math.isfinite(value):
             continue
         y = TOP + LINE * number + LINE / 2
-        spread = row["spread"].get(column.key, 0.0)
+        spread = row["spread"].get(column.key, 0.0) / column.per
         if spread and not (log and value <= spread):
             out.append(f'<path d="M{x(value - spread)} {y}H{x(value + spread)}" class="bar"/>')
-        text = f"{row['name']}: {column.head} {column.show(value)}"
+        text = f"{row['name']}: {column.head} {column.shown(value)}"
         kind = "dot" if row["slug"] else "base"
         dot = f'<circle cx="{x(value)}" cy="{y}" r="4.5" class="{kind}">'
         out.append(f"{dot}<title>{html.escape(text)}</title></circle>")
