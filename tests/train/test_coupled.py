@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from leibler import recipes
 from leibler.divergence import ForwardKL
 from leibler.errors import RecipeError
 from leibler.objective import (
@@ -27,8 +29,11 @@ from leibler.objective import (
     Tempered,
     Transport,
 )
+from leibler.policy import character_tokenizer
 from leibler.train import Data, OnPolicy, Recipe, Schedule
+from leibler.train.aligned import alignments
 from leibler.train.engine import Engine
+from leibler.train.plan import describe
 from leibler.train.stored import check as check_stored
 from train.conformance import STEP, TEMPERATURE, Prepared, distance, gradient, ready, size, tiny
 from train.naive import Table
@@ -39,7 +44,11 @@ def dense(made: Prepared, term: Any, *, stream: str = "main") -> Tensor:
     table = Table(made, made.views[stream].rows)
     p = table.law(made.policy)[table.rows.mask]
     names = {h.name: table.law(made.models[h.name]).detach()[table.rows.mask] for h in term.law.handles}
-    q = names["teacher"] if term.law == Teacher() else term.law.sampled(lambda h: names[h.name].flatten()).reshape(p.shape)
+    q = (
+        names["teacher"]
+        if term.law == Teacher()
+        else term.law.sampled(lambda h: names[h.name].flatten()).reshape(p.shape)
+    )
     p, q = ((x / term.temperature).log_softmax(-1) for x in (p, q))
     units = term.units(table.rows)
     return term.coefficient * term.value(p[units], q[units]).mean()
@@ -264,3 +273,24 @@ def test_what_cannot_be_served_is_refused_in_a_sentence():
         with pytest.raises(RecipeError, match=says) as caught:
             call()
         assert str(caught.value).endswith(".")
+
+
+def test_a_model_of_another_tokenizer_is_refused():
+    recipe = Recipe(Data(), Objective(TERMS["transport"]))
+    other = tiny(1, tokenizer=character_tokenizer("0123456789+=abc"))
+    with pytest.raises(RecipeError, match="whole rows of 'teacher', whose tokenizer"):
+        alignments(recipe, tiny(0), {"teacher": other})
+
+
+def test_without_pot_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    recipe = Recipe(Data(), Objective(TERMS["transport"]))  # building and showing it needs nothing
+    made = ready(Recipe(Data(), Objective(TERMS["span"])))
+    monkeypatch.setitem(sys.modules, "ot.bregman", None)
+    with pytest.raises(RecipeError, match=r"pip install leibler\[transport\]"):
+        Engine(recipe, made.policy, made.models, {})
+    Engine(made.recipe, made.policy, made.models, {})
+
+
+def test_the_plan_says_what_is_kept():
+    text = describe(recipes.get("sinkd", sites=33))
+    assert "transport: whole rows at 33 events" in text

@@ -52,7 +52,9 @@ class Sinkhorn:
     def __call__(self, cost: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         """The plan, of mass 1."""
         sinkhorn = _sinkhorn()
-        mass = cost.new_full((len(cost),), 1 / max(len(cost), 1))
+        if not len(cost):
+            return cost
+        mass = cost.new_full((len(cost),), 1 / len(cost))
         # POT's iterations end with the first marginal; a threshold of 0 is never reached, so all of them are made.
         return sinkhorn(mass, mass, cost.T, self.eps, numItermax=self.iterations, stopThr=0.0, warn=False).T
 
