@@ -155,7 +155,8 @@ def test_verify_exits_with_0_when_all_hold(leibler, some_claims):
     status, out, _ = leibler("verify")
     assert status == 0
     assert "holds  kd: about kd" in out
-    assert "observed seen; expected as expected" in out
+    assert "       observed seen\n       expected as expected\n" in out
+    assert "\ndpo     1     0     0.0      all hold\n" in out
     assert "2 of 2 claims about 2 methods hold" in out
 
 
@@ -176,6 +177,30 @@ def test_verify_for_programs(leibler, some_claims):
     assert [r["holds"] for r in results] == [True, False]
     assert set(results[0]) == {"slug", "claim", "observed", "expected", "holds", "seconds"}
     assert err.count("kd: about kd") == 2, "slow claims say that they have begun"
+
+
+def test_verify_tells_how_far_it_is_and_how_long_it_takes(leibler, some_claims):
+    some_claims(invented("kd", True), invented("dpo", True, full=True), invented("dpo", True, full=True))
+    _, _, err = leibler("verify", "--full")
+    begun = err.splitlines()
+    assert begun[0] == "[1/3] kd: about kd ..."
+    assert begun[1] == "[2/3] dpo: about dpo ...", "nothing is known about slow claims yet"
+    assert begun[2] == "[3/3, about 0:00 left] dpo: about dpo ..."
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_an_interrupted_verify_gives_what_is_done(leibler, some_claims, as_json):
+    def stop() -> tuple[str, bool]:
+        raise KeyboardInterrupt
+
+    some_claims(invented("kd", True), Claim("dpo", "about dpo", "e", False, stop), invented("dpo", True))
+    status, out, err = leibler("verify", *(["--json"] if as_json else []))
+    assert status not in (0, 1, 2)
+    assert "interrupted" in err
+    if as_json:
+        assert [r["slug"] for r in json.loads(out)] == ["kd"]
+    else:
+        assert "1 of 1 claims about 1 methods hold (0.0 s); interrupted with 2 still to run" in out
 
 
 def test_verify_of_something_without_claims_is_a_mistake(leibler, some_claims):

@@ -5,6 +5,6 @@ under a method's slug, `run` runs a selection. `leibler verify` prints them, and
 not hold.
 """
 
-from leibler.claims.framework import Claim, claim, claims, run, select
+from leibler.claims.framework import Claim, chosen, claim, claims, run, select
 
-__all__ = ["Claim", "claim", "claims", "run", "select"]
+__all__ = ["Claim", "chosen", "claim", "claims", "run", "select"]

@@ -147,21 +147,27 @@ def _near(slug: str, known: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def run(
-    slugs: Sequence[str] = (),
-    family: str | None = None,
-    full: bool = False,
-    *,
-    before: Callable[[Claim], None] | None = None,
-    after: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
+def chosen(slugs: Sequence[str] = (), family: str | None = None, full: bool = False) -> list[Claim]:
+    """The claims of the library that `run` runs: of some methods (all, when none is named), with the slow ones or not.
+
+    Raises:
+        RecipeError: a slug or family that has no claim, or nothing to run.
+    """
+    available = claims()
+    found = select(available, slugs, family, full)
+    if not found:  # reporting that all of nothing holds would be no evidence
+        slow = select(available, slugs, family, full=True)
+        raise RecipeError("only slow claims match; add --full (full=True)." if slow else "no claim matches.")
+    return found
+
+
+def run(slugs: Sequence[str] = (), family: str | None = None, full: bool = False) -> list[dict[str, Any]]:
     """Run claims.
 
     Args:
         slugs: methods; all, when empty.
         family: one family; all, when None.
         full: with the slow ones.
-        before, after: called around each claim (progress).
 
     Returns:
         One dictionary per claim: ``slug``, ``claim``, ``observed``, ``expected``, ``holds``, ``seconds``.
@@ -169,17 +175,4 @@ def run(
     Raises:
         RecipeError: a slug or family that has no claim, or nothing to run.
     """
-    available = claims()
-    selected = select(available, slugs, family, full)
-    if not selected:  # reporting that all of nothing holds would be no evidence
-        slow = select(available, slugs, family, full=True)
-        raise RecipeError("only slow claims match; add --full (full=True)." if slow else "no claim matches.")
-    results = []
-    for chosen in selected:
-        if before is not None:
-            before(chosen)
-        result = chosen.run()
-        if after is not None:
-            after(result)
-        results.append(result)
-    return results
+    return [claim.run() for claim in chosen(slugs, family, full)]
