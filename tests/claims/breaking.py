@@ -18,7 +18,7 @@ from leibler import recipes
 from leibler.errors import RecipeError
 from leibler.objective import Hinge, Objective
 from leibler.objective.terms import Term
-from leibler.train import Recipe
+from leibler.train import Recipe, recipes_of
 
 Change = Callable[[Recipe], Recipe]
 
@@ -70,7 +70,8 @@ class Broken:
     forced: tuple[tuple[str, Any], ...] = ()
 
     def build(self, **params: Any) -> Recipe:
-        return self.change(recipes.get(self.slug, **{**params, **dict(self.forced)}))
+        slug, _, stage = self.slug.partition("/")
+        return self.change(recipes_of(recipes.get(slug, **{**params, **dict(self.forced)}))[stage])
 
 
 def case(experiment: Callable[..., Any], slug: str, name: str, change: Change = lambda r: r, **forced: Any) -> Any:

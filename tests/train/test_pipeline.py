@@ -215,7 +215,7 @@ def test_a_pipeline_checks_itself():
         Pipeline({"a": TrainingStage(IMITATE), "b": TrainingStage(IMITATE, start="c"), "c": TrainingStage(IMITATE)})
     with pytest.raises(RecipeError, match="'a' reads as 'last' 'a', but before it are: student"):
         Pipeline({"a": TrainingStage(follow(), models={"last": "a"})})
-    with pytest.raises(RecipeError, match=r"'teacher', which its recipe does not read \(but: last\)"):
+    with pytest.raises(RecipeError, match=r"'teacher', which its recipe does not read \(but: last, reference\)"):
         TrainingStage(follow(), models={"teacher": "student"})
     with pytest.raises(RecipeError, match="cannot be called 'student'"):
         Pipeline({"student": TrainingStage(IMITATE)})

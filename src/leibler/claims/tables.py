@@ -19,7 +19,7 @@ from leibler.claims.simplex import contexts, enumerate_sequences, prefixes, targ
 from leibler.data import Dataset, Record
 from leibler.fused import Linear
 from leibler.objective import SAMPLE, Handle, LogProb, Rows, StepEnd, View
-from leibler.train import Context, Mixture, Recipe, WinRate, recipes_of
+from leibler.train import Context, Fixed, Mixture, Recipe, WinRate, recipes_of
 from leibler.train.engine import Engine
 from leibler.train.models import Trained
 from leibler.train.sources import Source, Staged
@@ -176,7 +176,7 @@ class Bench:
         """Log-scores of the law that the source samples from, for every prompt and prefix."""
         origin = self.recipe.source.streams()[self.stream].law
         tables = {name: model.log_laws() for name, model in self.models.items()}
-        tables["old"] = tables["policy"]
+        tables["old"] = tables["behaviour"] = tables["policy"]  # as it stands when rows are drawn
         return target_table(Handle("data") if origin is None else origin, tables)
 
     def gradient(self, rows: Rows, now: Tensor | None = None, step: int = 0) -> tuple[Tensor, Step]:
@@ -293,8 +293,9 @@ def _source(recipe: Recipe) -> tuple[str, Source, list[Any]]:
     stream = next(iter(recipe.source.streams()))
     source = dict(recipe.source.sources)[stream] if isinstance(recipe.source, Mixture) else recipe.source
     stages: list[Any] = []
-    while isinstance(source, Staged):
-        stages.insert(0, source.stage)
+    while isinstance(source, (Staged, Fixed)):
+        if isinstance(source, Staged):
+            stages.insert(0, source.stage)
         source = source.source
     return stream, source, stages
 
