@@ -10,6 +10,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+import torch
 
 from leibler.data import Dataset, Record
 from leibler.data.selection import Between, Difference, Every, SureAndUnsure, TopShare, sure_and_unsure
@@ -17,9 +18,9 @@ from leibler.divergence import ForwardKL
 from leibler.errors import DataError, ModelError, RecipeError, RunError
 from leibler.measure.scores import read
 from leibler.measure.selecting import miniplm
-from leibler.objective import Imitate, Match, Objective, Rows, Teacher
-from leibler.policy import CausalLM, tiny_llama, train_bpe
-from leibler.train import Context, Data, Filtered, Mixture, OnPolicy, Recipe, Selected
+from leibler.objective import Imitate, Match, Objective, Rows, Signal, Teacher, View
+from leibler.policy import CausalLM, sample, tiny_llama, train_bpe, uniforms
+from leibler.train import Context, Data, Filtered, Mixture, OnPolicy, PassRate, Recipe, Selected
 from leibler.train.log import Progress
 from train.conformance import TEMPERATURE, tiny
 from train.running import RECORDS, Stopped, recipe, run, student, written
@@ -212,6 +213,71 @@ def test_what_can_be_chosen_from(models):
     assert {h.name for h in made.handles()} == {"policy", "teacher"}
     assert (SURE >> (lambda rows, context: rows)).readers() == SURE.readers()
     assert SURE.fresh() == frozenset()
+
+
+# ---- pass rates --------------------------------------------------------------------------------------------------
+
+ASKED = Dataset(
+    tuple(Record(f"{i}+", completion="1", answer="1") for i in range(10)),
+    "asked",
+    lambda record, text: float(len(text) % 2),
+)
+
+
+def test_a_pass_rate_is_that_of_answers_that_end(models):
+    policy = models["policy"]
+    plain = draws(Data(), models, 1, data={"train": ASKED})[0][0]
+    rows = draws(Data() >> PassRate(6), models, 1, data={"train": ASKED})[0][0]
+    assert prompts(rows) == prompts(plain)
+    cut = 0
+    for i, record in enumerate(plain.records):
+        numbers = uniforms(3, "pass-rate", 0, rows=6, n=5, first_row=6 * i)
+        asked = [policy.encode_prompt(record.prompt)]
+        out = sample(policy, asked, uniforms=numbers, temperature=TEMPERATURE, group_size=6)
+        right = [len(policy.decode(ids)) % 2 == 1 for ids in out.completions()]
+        cut += sum(r and not end for r, end in zip(right, out.finished.tolist(), strict=True))
+        rate = sum(r and end for r, end in zip(right, out.finished.tolist(), strict=True)) / 6
+        assert float(rows.columns["pass_rate"][i]) == pytest.approx(rate)
+    assert cut, "some right answers were cut off, and do not count"
+    assert 0 < float(rows.columns["pass_rate"].mean()) < 1
+    halves = [draws(Data() >> PassRate(6), models, 1, data={"train": ASKED}, rank=r, world=2)[0][0] for r in (0, 1)]
+    for rank, half in enumerate(halves):
+        assert torch.equal(half.columns["pass_rate"], rows.columns["pass_rate"][rank::2])
+
+
+def test_answers_fit_where_the_row_does(models):
+    """A prompt that leaves room for two tokens, beside a short one: nobody's answer exceeds the context."""
+    long = Dataset((Record("1" * 62, completion="1", answer="1"), ASKED[0]), "long", ASKED.check)
+    rows = draws(Data() >> PassRate(4), models, 1, data={"train": long}, rows=2)[0][0]
+    assert int(rows.attention.sum(1).max()) == 64
+    assert len(rows.columns["pass_rate"]) == 2
+    with pytest.raises(RecipeError, match="samples=1 tell no rate between 0 and 1"):
+        PassRate(1)
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_the_estimated_weight_is_unbiased(samples: int):
+    from leibler import recipes
+
+    (term,) = recipes.get("paced", samples=samples).objective.terms
+    column = torch.arange(samples + 1) / samples
+    from objective.made import rows as made_rows
+
+    view = View(made_rows([1] * (samples + 1)).with_columns(pass_rate=column))
+    assert isinstance(term.weight, Signal)
+    weight = view.signal(term.weight, reach="sequence").double()
+    for p in (0.1, 0.5, 0.9):
+        law = [math.comb(samples, k) * p**k * (1 - p) ** (samples - k) for k in range(samples + 1)]
+        assert float(torch.tensor(law, dtype=torch.float64) @ weight) == pytest.approx(6 * p * (1 - p), rel=1e-6)
+
+
+def test_a_run_that_estimates_its_pass_rates_goes_on_bit_for_bit(tmp_path: Path):
+    given: dict[str, Any] = {"teacher": student(1, dropout=0.0), "save_every": 2}
+    run(recipe("paced", samples=4), tmp_path / "whole", **given)
+    with pytest.raises(Stopped):
+        run(recipe("paced", stop=3, samples=4), tmp_path / "cut", **given)
+    run(recipe("paced", samples=4), tmp_path / "cut", resume=True, **given)
+    assert written(tmp_path / "whole") == written(tmp_path / "cut")
 
 
 def test_no_cache_stands_for_a_reader(tmp_path: Path):

@@ -41,7 +41,19 @@ from leibler.objective import (
     ToGo,
     Whitened,
 )
-from leibler.train import Adaptive, Answer, Data, Mixture, OnPolicy, Recipe, Schedule, Score, Snapshot, Source
+from leibler.train import (
+    Adaptive,
+    Answer,
+    Data,
+    Mixture,
+    OnPolicy,
+    PassRate,
+    Recipe,
+    Schedule,
+    Score,
+    Snapshot,
+    Source,
+)
 
 
 def sft() -> Recipe:
@@ -247,24 +259,31 @@ def dpkd(beta: float = 1.0, share: float = 0.5) -> Recipe:
     )
 
 
-def paced(a: float = 1.0, b: float = 1.0, turn: int | None = None) -> Recipe:
+def paced(a: float = 1.0, b: float = 1.0, turn: int | None = None, samples: int | None = None) -> Recipe:
     """PACED: Distillation at the Frontier of Student Competence (2026): each completion counts by how often the student
     solves its problem, most where that is sometimes.
 
-    The data needs a column ``pass_rate``: the share of the student's own answers that were right. A rate of 0 or 1
-    gives no weight for good, so estimate the rates anew now and then.
+    Without ``samples`` the data needs a column ``pass_rate``: the share of the student's own answers that were right. A
+    rate of 0 or 1 gives no weight for good, so estimate the rates anew now and then, or in the run.
 
     Args:
         a, b: exponents of the kernel ``p^a (1 - p)^b``; both 0: plain distillation.
         turn: the optimiser step at which the forward KL gives way to the reverse one; None: forward KL throughout.
+        samples: answers that the student gives to each drawn problem, to estimate its pass rate as it is now; for
+            ``a = b = 1`` the weight is then unbiased.
     """
-    weight = Column("pass_rate") >> BetaKernel(a, b)
+    source: Source = Data(columns=("pass_rate",))
+    weight: Signal = Column("pass_rate") >> BetaKernel(a, b)
+    if samples is not None:
+        source = Data() >> PassRate(samples)
+        if a == b == 1:  # the kernel of an estimated rate has the mean (1 - 1 / samples) p (1 - p)
+            weight = weight * (samples / (samples - 1))
     forward = Match(ForwardKL(), to=Teacher(), weight=weight)
     if turn is None:
-        return Recipe(Data(columns=("pass_rate",)), Objective(forward))
+        return Recipe(source, Objective(forward))
     reverse = Match(ReverseKL(), to=Teacher(), weight=weight, coefficient=Switch(0.0, 1.0, turn))
     first = replace(forward, coefficient=Switch(1.0, 0.0, turn))
-    return Recipe(Data(columns=("pass_rate",)), Objective(first, reverse))
+    return Recipe(source, Objective(first, reverse))
 
 
 def recursive_meta_distillation(anchor: float = 0.5, geometric: bool = False, steps_per_round: int = 100) -> Recipe:

@@ -14,7 +14,7 @@ from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
 from leibler.train.repair import Repair
 from leibler.train.replay import Fixed, Replay
-from leibler.train.selected import Filtered, Selected
+from leibler.train.selected import Filtered, PassRate, Selected
 from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, Keep, MuteEqual, Score, WinRate
 from leibler.train.trajectories import Trajectories
@@ -40,6 +40,7 @@ __all__ = [
     "MuteEqual",
     "OnPolicy",
     "Options",
+    "PassRate",
     "Pipeline",
     "RaiseOnWorse",
     "Recipe",

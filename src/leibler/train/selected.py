@@ -10,12 +10,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from leibler.data.selection import Columns, Rule, Scorer
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import Rows
 from leibler.objective.targets import Handle
-from leibler.policy.reading import part, reading
-from leibler.train.sources import Context, Data, Source, State
+from leibler.policy.reading import part, reading, shares_right
+from leibler.train.sources import Context, Data, OnPolicy, Source, State
+from leibler.train.stages import Answer
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -153,3 +156,58 @@ def _read(
     every = context.gather(reading(reader, pairs, progress=told))
     world = len(every)
     return {n: [every[i % world][n][i // world] for i in range(len(records))] for n in _NUMBERS}
+
+
+@dataclass(frozen=True)
+class PassRate:
+    """Writes the column ``pass_rate``: the share of the policy's own answers to a row's prompt that are right, now.
+
+    It is estimated whenever a prompt is drawn, so it follows the student; a rate of 0 or 1 is not for good. An answer
+    that was cut off at the limit is wrong. Source: PACED: Distillation at the Frontier of Student Competence (2026).
+
+    Attributes:
+        samples: answers to each prompt.
+        data: the data whose checker judges.
+        answers: how they are sampled.
+
+    Raises:
+        RecipeError: fewer than two samples, of which a rate between 0 and 1 cannot be told.
+
+    Examples:
+        >>> from leibler.train import Data, PassRate
+        >>> [handle.name for handle in (Data() >> PassRate(samples=4)).readers()]
+        ['policy']
+    """
+
+    samples: int = 8
+    data: str = "train"
+    answers: OnPolicy = field(default_factory=OnPolicy)
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise RecipeError(f"samples={self.samples} tell no rate between 0 and 1; draw at least 2.")
+
+    def readers(self) -> tuple[Handle, ...]:
+        return tuple(Handle("policy" if h.name == "old" else h.name) for h in self.answers.handles())
+
+    def __call__(self, rows: Rows, context: Context) -> Rows:
+        judge = Answer(self.data).bind(context)
+        first = dict(zip(reversed(rows.group.tolist()), reversed(rows.records), strict=True))
+        questions = {group: context.policy.encode_prompt(record.prompt) for group, record in first.items()}
+        longest, asked = self.answers.longest(context), list(questions)
+        out = self.answers.respond(
+            context,
+            list(questions.values()),
+            # By the group's number among those of all processes.
+            [context.rank + group * context.world for group in asked],
+            "pass-rate",
+            self.samples,
+            # A row ends with a token at least, so its prompt leaves room for one.
+            limits=[min(longest, context.max_length - len(prompt)) for prompt in questions.values()],
+        )
+
+        def right(question: int, text: str) -> bool:
+            return judge([first[asked[question]]], [text])[0] >= 1.0
+
+        found = dict(zip(asked, shares_right(context.policy, out, self.samples, right), strict=True))
+        return rows.with_columns(pass_rate=torch.tensor([found[group] for group in rows.group.tolist()]))

@@ -73,7 +73,10 @@ class Context:
 
 
 class Stage(Protocol):
-    """Changes which rows exist or what their columns say, over whole groups and without gradient."""
+    """Changes which rows exist or what their columns say, over whole groups and without gradient.
+
+    One that uses models names them in ``readers()``, as a source does.
+    """
 
     def __call__(self, rows: Rows, context: Context) -> Rows: ...
 
@@ -397,7 +400,8 @@ class Staged(Source):
         return self.source.handles()
 
     def readers(self) -> tuple[Handle, ...]:
-        return self.source.readers()
+        own = getattr(self.stage, "readers", tuple)
+        return (*self.source.readers(), *own())
 
     def datasets(self) -> Mapping[str, str]:
         return self.source.datasets()
