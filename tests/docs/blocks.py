@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(?P<kind>python|console|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = {
     r"\bsteps=\d+": "steps=2", r"\bbatch_size=\d+": "batch_size=8", r"\bn=\d+": "n=40",
-    r"\btrain=\d{3,}": "train=40", r"\bheldout=\d{3,}": "heldout=16", r"--samples \d+": "--samples 2",
+    r"\btrain=\d{3,}": "train=40", r"\bheldout=\d{3,}": "heldout=16", r"--samples [1-9]\d*": "--samples 2",
     r"\bsave_every=\d+": "save_every=1", r"\bwarmup=\d+": "warmup=0", r"--steps-scale \S+": "--steps-scale 0.001",
 }  # fmt: skip
 SAME = ("methods", "show", "--help", "--version")
