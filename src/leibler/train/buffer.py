@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from leibler.objective.rows import TENSORS, Rows, concatenate
+from leibler.objective.soft import SoftTokens
 
 Packed = dict[str, Any]
 """Rows as tensors and JSON values, as they stand in a checkpoint."""
@@ -21,7 +22,9 @@ def pack(rows: Rows) -> Packed:
     records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
     tensors = {name: getattr(rows, name) for name in TENSORS}
     views = {name: pack(view) for name, view in rows.views.items()}
-    return {**tensors, "columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
+    soft = None if rows.soft is None else {"index": rows.soft.index, "weight": rows.soft.weight}
+    kept = {"columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
+    return {**tensors, **kept, "soft": soft}
 
 
 def unpack(packed: Packed, index: Int[Tensor, " chosen"] | None = None) -> Rows:
@@ -39,6 +42,7 @@ def unpack(packed: Packed, index: Int[Tensor, " chosen"] | None = None) -> Rows:
         records=[Record(**r) for r in some(packed["records"])],
         texts=some(packed["texts"]),
         views={name: unpack(view, index) for name, view in packed["views"].items()},
+        soft=None if packed["soft"] is None else SoftTokens(**{n: some(x) for n, x in packed["soft"].items()}),
     )
     return rows if index is None else rows.select(torch.arange(len(rows)))
 
