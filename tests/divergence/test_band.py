@@ -230,3 +230,17 @@ def test_names_and_mistakes():
     ):
         with pytest.raises(RecipeError, match=says):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tail", ["renormalise", "bucket"])
+def test_flat_targets_need_many_entries_for_their_mass(dtype: torch.dtype, tail: str):
+    g = torch.Generator().manual_seed(3)
+    model, target = torch.randn(2, 6, 700, generator=g, dtype=torch.float64)
+    target[1], target[2] = target[1].round(), 0.0  # ties, and all equal
+    target[3, :5] += 12.0  # one peaked row among them
+    divergence = BandKL(0.999, 1.0, 0.8, tail)  # type: ignore[arg-type]
+    found = divergence(model.to(dtype), target.to(dtype))
+    expected = torch.stack([brute(divergence, m, t) for m, t in zip(model, target)])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-9 if dtype == torch.float64 else 1e-3, atol=1e-6)
+    assert len(chosen(divergence, model[0], target[0])) > 64 > len(chosen(divergence, model[3], target[3]))

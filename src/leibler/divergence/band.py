@@ -75,7 +75,7 @@ class BandKL(Divergence):
     def _at(self, model: Row, target: Row, token: Int[Tensor, " rows"] | None) -> tuple[Float[Tensor, " rows"], Any]:
         kept = self._kept(model, target, token)
         inside = _Cut(model, target, kept)
-        values = inside.forward_kl(pair(model, target).difference.masked_fill(~kept, 0.0))
+        values = inside.forward_kl(pair(model, target).difference)
         rest = None
         if self.tail == "bucket":
             rest = _Cut(model, target, ~kept)
@@ -138,6 +138,7 @@ class _Cut:
         self.model, self.target = (Row(row.logits.masked_fill(~kept, FLOOR)) for row in (model, target))
 
     def forward_kl(self, difference: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+        """``difference`` is that of the whole rows: outside, both weights are 0."""
         # Not `pair`: rows and pair would refer to each other, and the block would stay until the next collection.
         both = Pair(self.model, self.target)
         both.difference = difference
@@ -156,18 +157,36 @@ def _smallest(rows: Float[Tensor, "rows vocab"], places: list[int]) -> list[Floa
 def _filled(kept: Bool[Tensor, "rows vocab"], target: Row, least_mass: float) -> Bool[Tensor, "rows vocab"]:
     """``kept`` and, in rows that fall short of ``least_mass``, the largest entries left out (of equal ones, all)."""
     weights, total = target.weights, target.total
-    lacking = (least_mass * total - (weights * kept).sum(dim=-1, keepdim=True)).squeeze(-1)
-    short = (lacking > 0).nonzero().squeeze(-1)
-    many = 64
-    while len(short):  # few entries hold nearly all the mass, as a rule
-        out = weights[short].masked_fill(kept[short], 0.0)
-        many = min(many, out.shape[-1])
-        largest = out.topk(many, dim=-1).values
-        before = largest.cumsum(dim=-1, dtype=torch.float64) - largest
-        # The last entry without which the mass would fall short; ties go together.
-        last = (before < lacking[short, None]).sum(dim=-1, keepdim=True) - 1
-        least = largest.gather(-1, last.clamp(min=0))
-        done = (before[:, -1:] + largest[:, -1:] >= lacking[short, None]).squeeze(-1) | (many == out.shape[-1])
-        kept[short[done]] |= ((out >= least) & (out > 0))[done]
-        short, many = short[~done], many * 8
+    lacking = least_mass * total - (weights * kept).sum(dim=-1, keepdim=True)
+    short = (lacking.squeeze(-1) > 0).nonzero().squeeze(-1)
+    if not len(short):
+        return kept
+    out, lacking = weights[short].masked_fill(kept[short], 0.0), lacking[short]
+    # Few entries hold nearly all the mass, as a rule.
+    largest = out.topk(min(64, out.shape[-1]), dim=-1).values
+    before = largest.cumsum(dim=-1, dtype=torch.float64) - largest
+    last = (before < lacking).sum(dim=-1, keepdim=True) - 1  # without it the mass would fall short
+    least = largest.gather(-1, last)
+    more = (before[:, -1] + largest[:, -1] < lacking[:, 0]).nonzero().squeeze(-1)
+    if len(more) and out.shape[-1] > largest.shape[-1]:
+        least[more] = _threshold(out[more], lacking[more])
+    kept[short] |= (out >= least) & (out > 0)
     return kept
+
+
+def _threshold(weights: Float[Tensor, "rows vocab"], mass: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    """The largest number such that the weights from there on (all between 0 and 1) add up to ``mass``; else 0.
+
+    By bisection of its bits, which are ordered as positive numbers are: a fourth of the time that sorting takes.
+    """
+    integer = torch.int64 if weights.dtype == torch.float64 else torch.int32
+    low = torch.zeros_like(mass).view(integer)
+    high = torch.full_like(mass, 2.0).view(integer)
+    inside = torch.empty_like(weights)
+    for _ in range(high.itemsize * 8 - 1):
+        middle = low + (high - low) // 2
+        # Comparisons are several times faster into a tensor of their operands' type than into booleans.
+        torch.ge(weights, middle.view(weights.dtype), out=inside)
+        enough = inside.mul_(weights).sum(dim=-1, keepdim=True) >= mass
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(weights.dtype)
