@@ -56,6 +56,10 @@ def test_a_pipeline_asks_for_what_no_stage_of_it_makes():
     first = TrainingStage(Recipe(Data("text"), Objective(Imitate())))
     second = TrainingStage(Recipe(Data(), MATCH), models={"teacher": "first"})
     assert asked(Pipeline({"first": first, "second": second})) == Asked(data={"text": "labels", "train": "labels"})
+    renamed = Objective(Match(ForwardKL(), to=Model("other")))
+    by_source = Recipe(Data(), renamed, models={"other": Frozen("teacher")})
+    made = TrainingStage(by_source, models={"teacher": "first"})
+    assert asked(Pipeline({"first": first, "second": made})).models == frozenset()
     third = replace(second, models={})
     assert asked(Pipeline({"first": first, "second": third})).models == {"teacher"}
 
