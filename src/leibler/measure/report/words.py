@@ -19,6 +19,9 @@ _SPELT = {
     "SkewForwardKL": "Skewed forward KL",
     "SkewReverseKL": "Skewed reverse KL",
     "AdaptiveKL": "Adaptive KL",
+    "BandKL": "Forward KL on a band",
+    "transport": "Transport between batches",
+    "span_product": "Products of neighbours",
     "ChiSquared": "Chi-squared",
     "ReverseChiSquared": "Reverse chi-squared",
     "CauchySchwarz": "Cauchy–Schwarz",
@@ -42,6 +45,7 @@ _UNITS = {
     "ece": "",
     "loss": "",
     "TotalVariation": "0 to 1",
+    "transport": "0 to 2",
     "Hellinger": "0 to 2",
 }
 
