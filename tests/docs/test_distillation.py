@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
-from blocks import ROOT
 
 from leibler.measure.report.sweep import figure
 from leibler.sweep.table import findings
 
-FIGURES = ROOT / "docs" / "figures"
+FIGURES = Path(__file__).parents[2] / "docs" / "figures"
 sys.path.insert(0, str(FIGURES))
 make_sweep = importlib.import_module("make_sweep")
 

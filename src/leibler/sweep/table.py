@@ -60,6 +60,7 @@ COLUMNS = (
     Column("distinct_right", "right ones", "distinct, of 8", 1),
     Column("ece", "ECE", "%", -1, _tenths, 0.01),
     Column("text_nll", "text", "nats a token", -1),
+    Column("steps", "steps", "of the optimiser", 0, _whole),
     Column("tokens_per_second", "tokens/s", "trained", 1, _whole),
     Column("memory", "memory", "peak, MB", -1, _tenths, 2.0**20),
 )
