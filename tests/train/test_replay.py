@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from leibler.data import Record
-from leibler.errors import RecipeError
+from leibler.data import Dataset, Record
+from leibler.errors import RecipeError, RunError
 from leibler.objective import Behaviour, Clip, GroupNormalised, Objective, PolicyGradient, Reward, Rows
 from leibler.objective.rows import concatenate
-from leibler.train import Data, Mixture, OnPolicy, Recipe, Replay, Source
+from leibler.train import Context, Data, Fixed, Mixture, OnPolicy, Recipe, Replay, Source
 from leibler.train.buffer import interleaved
 from leibler.train.sources import Origin
 from objective.made import rows as made_rows
@@ -140,3 +140,130 @@ def test_shares_are_put_together_as_one_process_would_have_drawn_them_even_where
     both = interleaved([share([0, 2], [0, 4]), share([1], [3])])
     assert [r.prompt for r in both.records] == ["0", "3", "4"]
     assert both.group_index.tolist() == [0, 1, 2]
+
+
+# ---- a fixed set -----------------------------------------------------------------------------------------------------
+
+
+def around(draw: int, rows: int = 4, rank: int = 0, world: int = 1, gather: Any = None, **more: Any) -> Context:
+    """A context of a run of six steps."""
+    given: dict[str, Any] = {"models": {}, "data": {}, "seed": 3, "draw": draw, "step": draw, "steps": 6}
+    given |= {"rows": rows, "max_new_tokens": 4, "max_length": 64, "temperature": 1.0, "rank": rank, "world": world}
+    return Context(**{**given, **more}, **({} if gather is None else {"gather": gather}))
+
+
+def rewards(rows: Rows) -> list[float]:
+    """The reward of each group, in the order of their numbers."""
+    return [float(rows.columns["reward"][rows.group_index == g][0]) for g in range(rows.groups)]
+
+
+def passes(source: Fixed, draws: int, **more: Any) -> tuple[list[Rows], Any]:
+    state, out = source.init(), []
+    for draw in range(draws):
+        rows, state = source.draw(around(draw, **more), state)
+        out.append(rows["main"])
+    return out, state
+
+
+def test_a_fixed_set_is_drawn_once_and_passed_over_group_by_group():
+    """Three groups of two a draw: 12 rows are two draws, six groups; draws of two groups pass them in three."""
+    out, state = passes(Fixed(Counting(), rows=12), 9)
+    assert state["source"] == {"draws": 2}
+    every = [0.0, 1.0, 2.0, 10.0, 11.0, 12.0]
+    orders = []
+    for epoch in range(3):
+        seen = [r for rows in out[3 * epoch : 3 * epoch + 3] for r in rewards(rows)]
+        assert sorted(seen) == every
+        orders.append(tuple(seen))
+    assert len(set(orders)) == 3, "each pass has an order of its own"
+    for rows in out:
+        for group in range(rows.groups):
+            members = rows.columns["reward"][rows.group_index == group]
+            assert len(members) == 2
+            assert members[0] == members[1]
+        for i in range(len(rows)):
+            number = int(rows.columns["reward"][i])
+            assert rows.records[i].prompt == f"p{number // 10}.{number % 10}"
+            assert (rows.columns["behaviour_logp"][i][rows.mask[i]] == number).all()
+
+
+def test_a_draw_may_lie_across_the_end_of_a_pass():
+    """Two groups a draw of five: the third draw takes the last of one pass and the first of the next."""
+    out, _ = passes(Fixed(Counting(groups=5), rows=10), 5)
+    seen = [r for rows in out for r in rewards(rows)]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
+    assert all(rows.groups == 2 for rows in out)
+
+
+def test_the_size_of_a_fixed_set():
+    def size(**options: Any) -> int:
+        return len(passes(Fixed(Counting(groups=2), **options), 1)[1]["set"]["group"])
+
+    assert size(rows=9) == 12, "whole draws of four"
+    assert size() == 24, "six steps of four rows"
+    assert size(epochs=3) == 8
+    assert size(epochs=100) == 4
+    ten = Dataset(tuple(Record(str(i)) for i in range(3)), "three")
+
+    @dataclass(frozen=True)
+    class Reading(Counting):
+        def datasets(self) -> Any:
+            return {"train": "prompts"}
+
+    held = passes(Fixed(Reading(groups=2)), 1, data={"train": ten})[1]["set"]
+    assert len(held["group"]) == 8, "each of three prompts once, two rows each, up to a whole draw"
+
+
+def test_a_fixed_set_does_not_change_when_the_run_goes_on():
+    """As after a resume: from the state of a draw, the next draws are the same, whatever the source would draw now."""
+    whole, _ = passes(Fixed(Counting(), rows=12), 6)
+    state = passes(Fixed(Counting(), rows=12), 3)[1]
+    source = Fixed(Counting(groups=1), rows=12)
+    for draw in range(3, 6):
+        rows, state = source.draw(around(draw), state)
+        assert torch.equal(rows["main"].tokens, whole[draw].tokens)
+        assert rewards(rows["main"]) == rewards(whole[draw])
+
+
+def test_two_processes_hold_one_fixed_set_and_share_each_draw():
+    source = Fixed(Counting(groups=5), rows=10)
+    whole, _ = passes(source, 6, rows=6)
+    shares: list[list[Rows]] = [[], []]
+    for rank in range(2):
+        # What the other process drew for the set is drawn here too, in the order of the gatherings.
+        counts = iter(range(9))
+
+        def gather(item: Any, counts: Any = counts) -> list[Any]:
+            at = {"draws": next(counts)}
+            return [Counting(groups=5).draw(around(0, rank=r, world=2), at)[0]["main"] for r in range(2)]
+
+        state = source.init()
+        for draw in range(6):
+            rows, state = source.draw(around(draw, rows=6, rank=rank, world=2, gather=gather), state)
+            shares[rank].append(rows["main"])
+    for alone, *parts in zip(whole, *shares, strict=True):
+        assert sorted(rewards(alone)) == sorted(r for part in parts for r in rewards(part))
+        assert max(p.groups for p in parts) - min(p.groups for p in parts) <= 1
+
+
+def test_a_long_wait_before_the_first_step_is_told(monkeypatch):
+    said: list[str] = []
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr("leibler.train.replay.time.monotonic", lambda: float(next(clock)))
+    passes(Fixed(Counting(), rows=18), 1, say=said.append)
+    assert said
+    assert "before the first step: 4 of 18 responses" in said[0] or "6 of 18" in said[0]
+    assert "seconds left" in said[0]
+
+
+def test_what_a_fixed_set_cannot_be():
+    with pytest.raises(RecipeError, match="one stream; put it inside the Mixture"):
+        Fixed(Mixture(a=Data(), b=OnPolicy()))
+    for wrong in ({"rows": 0}, {"epochs": 0}):
+        with pytest.raises(RecipeError, match="of Fixed must be at least 1"):
+            Fixed(Data(), **wrong)
+    with pytest.raises(RunError, match="nothing is left of what was drawn before the first step"):
+        passes(Fixed(Counting() >> (lambda rows, context: rows.select(torch.tensor([], dtype=torch.long))), rows=4), 1)
+    assert Fixed(Data()).streams()["main"].law is None
+    with pytest.raises(RecipeError, match="use a surrogate with anchor=Behaviour"):
+        Recipe(Fixed(OnPolicy(4)), Objective(PolicyGradient(Reward() >> GroupNormalised(), Clip(0.2))))
