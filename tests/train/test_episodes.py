@@ -94,6 +94,22 @@ def test_what_the_sampler_reports_is_the_log_probability_in_the_whole_dialogue(p
     assert rows.group.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+@dataclass(frozen=True)
+class Paying(Sums):
+    """Pays at every turn."""
+
+    def advance(self, sessions, actions):
+        return [replace(outcome, reward=0.25) for outcome in super().advance(sessions, actions)]
+
+
+def test_the_reward_of_an_episode_is_the_sum_over_its_turns(policy):
+    assert drawn(Episodes(Paying(4)), context(policy)).columns["reward"].tolist() == [1.0] * 6
+    assert drawn(Episodes(Paying(4), max_turns=3), context(policy)).columns["reward"].tolist() == [0.75] * 6
+    # What the replayed beginning earned belongs to the episode too.
+    back = Episodes(Paying(4), prefix=Demonstrated(1))
+    assert drawn(back, context(policy)).columns["reward"].tolist() == [1.0] * 6
+
+
 def test_the_end_token_of_a_turn_is_the_players(policy):
     rows = drawn(Episodes(Sums()), context(policy, max_new_tokens=15))
     eos = policy.tokenizer.eos_token_id
