@@ -37,7 +37,8 @@ class ImplicitReward:
     Solving ``max E[r] - beta D_f(policy || reference)`` for the reward gives exactly this, up to a function of the
     prompt. Reverse KL gives DPO's ``beta log u``. Divergences whose ``f'(0+)`` is finite are refused: mass may be
     clipped to zero there and the multiplier does not cancel. ``to`` is a handle or a law of sequences (`Geometric`);
-    log-probs are summed over the response. ``clip`` bounds ``|log u|`` (``f'`` of forward KL grows like ``1/u``).
+    log-probs are summed over the response, or averaged with ``mean`` (lengths then do not count, and it is no longer
+    the reward of that problem). ``clip`` bounds ``|log u|`` (``f'`` of forward KL grows like ``1/u``).
     Source: Beyond Reverse KL (2023).
     """
 
@@ -45,6 +46,7 @@ class ImplicitReward:
     beta: float = 0.1
     to: Handle | Geometric = field(default_factory=Reference)
     clip: float | None = None
+    mean: bool = False
 
     def __post_init__(self) -> None:
         reason = self.divergence.inadmissible
@@ -55,9 +57,10 @@ class ImplicitReward:
         return (LogProb(Policy()), *(LogProb(h) for h in self.to.handles))
 
     def log_ratio(self, view: View) -> Float[Tensor, " batch"]:
-        """``log u`` of each response, summed over its events."""
+        """``log u`` of each response, summed over its events (or their mean)."""
         target = self.to.sampled(lambda handle: view.get(LogProb(handle)))
-        return view.sum_rows(view.get(LogProb(Policy())) - target)
+        total = view.sum_rows(view.get(LogProb(Policy())) - target)
+        return total / view.rows.length.clamp_min(1) if self.mean else total
 
     def __call__(self, view: View) -> Float[Tensor, " batch"]:
         ratio = self.log_ratio(view)

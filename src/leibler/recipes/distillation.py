@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from leibler.divergence import AdaptiveKL, ArgmaxMargin, Divergence, ForwardKL, JensenShannon, ReverseKL, SkewForwardKL
 from leibler.estimate import K2
@@ -16,6 +17,7 @@ from leibler.objective import (
     GroupAny,
     GroupNormalised,
     Imitate,
+    ImplicitReward,
     Importance,
     Lift,
     Linear,
@@ -28,6 +30,7 @@ from leibler.objective import (
     Old,
     Policy,
     PolicyGradient,
+    Preference,
     Ratio,
     Reference,
     Reward,
@@ -47,8 +50,10 @@ from leibler.train import (
     Data,
     Mixture,
     OnPolicy,
+    Paired,
     PassRate,
     Recipe,
+    Sampled,
     Schedule,
     Score,
     Snapshot,
@@ -242,17 +247,23 @@ def delta_kd(alpha: float = 1.0, imitate: float = 0.5) -> Recipe:
     )
 
 
-def dpkd(beta: float = 1.0, share: float = 0.5) -> Recipe:
+def dpkd(beta: float = 1.0, share: float = 0.5, level: Literal["token", "sequence"] = "token") -> Recipe:
     """Direct Preference Knowledge Distillation for Large Language Models (2024), token by token as released: at each
     context the teacher's most likely token is preferred to the student's, with the teacher in the reference's place.
 
     Its fixed points are students with the teacher's first choices, not with its law. The published values of ``beta``
-    and ``share`` could not be checked.
+    and ``share`` could not be checked. The paper's own form compares whole responses, sampled now: the teacher's is
+    preferred to the student's, by mean log-ratios to the teacher.
 
     Args:
         beta: sharpness of the preference.
         share: of the preference; the rest is the completions' likelihood.
+        level: ``token``, or ``sequence`` for the paper's form.
     """
+    if level == "sequence":
+        preference = Preference(ImplicitReward(beta=beta, to=Teacher(), mean=True), on="pairs", coefficient=share)
+        source = Mixture(pairs=Paired(Sampled("teacher"), OnPolicy()), data=Data())
+        return Recipe(source, Objective(preference, Imitate(on="data", coefficient=1 - share)))
     return Recipe(
         Data(),
         Objective(Match(ArgmaxMargin(beta), to=Teacher(), coefficient=share), Imitate(coefficient=1 - share)),

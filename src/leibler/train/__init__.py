@@ -9,6 +9,7 @@ from leibler.train.loop import Run, fit
 from leibler.train.masking import Masked
 from leibler.train.models import EMA, Frozen, Measured, ModelRule, Snapshot, Trained, ValueHead
 from leibler.train.options import Options
+from leibler.train.pairs import Paired
 from leibler.train.pipeline import Pipeline, TrainingStage, recipes_of
 from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
@@ -40,6 +41,7 @@ __all__ = [
     "MuteEqual",
     "OnPolicy",
     "Options",
+    "Paired",
     "PassRate",
     "Pipeline",
     "RaiseOnWorse",

@@ -144,7 +144,8 @@ def paired(recipe: Recipe) -> set[str]:
     """The data sets whose records must be pairs: a term compares their halves, or is about one of them."""
     streams, read = recipe.source.streams(), recipe.source.stream_data()
     about = [t.on for t in recipe.objective.terms if isinstance(t, Preference) or t.where in ("chosen", "rejected")]
-    return {name for stream in about if stream and streams[stream].law is None for name in read[stream]}
+    given = [s for s in about if s and streams[s].law is None and s not in recipe.source.fresh()]
+    return {name for stream in given for name in read[stream]}
 
 
 def load_validation(
