@@ -225,9 +225,10 @@ def test_a_fixed_set_does_not_change_when_the_run_goes_on():
         assert rewards(rows["main"]) == rewards(whole[draw])
 
 
-def test_two_processes_hold_one_fixed_set_and_share_each_draw():
+@pytest.mark.parametrize("rows_a_draw", [4, 6])
+def test_two_processes_hold_one_fixed_set_and_share_each_draw(rows_a_draw):
     source = Fixed(Counting(groups=5), rows=10)
-    whole, _ = passes(source, 6, rows=6)
+    whole, _ = passes(source, 6, rows=rows_a_draw)
     shares: list[list[Rows]] = [[], []]
     for rank in range(2):
         # What the other process drew for the set is drawn here too, in the order of the gatherings.
@@ -239,7 +240,7 @@ def test_two_processes_hold_one_fixed_set_and_share_each_draw():
 
         state = source.init()
         for draw in range(6):
-            rows, state = source.draw(around(draw, rows=6, rank=rank, world=2, gather=gather), state)
+            rows, state = source.draw(around(draw, rows=rows_a_draw, rank=rank, world=2, gather=gather), state)
             shares[rank].append(rows["main"])
     for alone, *parts in zip(whole, *shares, strict=True):
         assert sorted(rewards(alone)) == sorted(r for part in parts for r in rewards(part))
