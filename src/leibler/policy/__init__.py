@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from leibler.policy.extension import extend
 from leibler.policy.heads import ValueHead
+from leibler.policy.latent import Thoughts, decode_latent, marker
 from leibler.policy.masked import MaskedLM, MaskedSamples, decode_masked, load
 from leibler.policy.model import CausalLM, LanguageModel, Lora
 from leibler.policy.randomness import generator, uniforms
@@ -22,14 +23,17 @@ __all__ = [
     "Reading",
     "Samples",
     "TextAlignment",
+    "Thoughts",
     "ValueHead",
     "character_tokenizer",
     "common_cells",
+    "decode_latent",
     "decode_masked",
     "extend",
     "generator",
     "load",
     "logprobs",
+    "marker",
     "right_pad",
     "same_tokenizer",
     "sample",

@@ -5,6 +5,7 @@ Examples:
 """
 
 from leibler.train.episodes import Demonstrated, Episodes
+from leibler.train.latents import Latents
 from leibler.train.loop import Run, fit
 from leibler.train.masking import Masked
 from leibler.train.models import EMA, Frozen, Measured, ModelRule, Snapshot, Trained, ValueHead
@@ -34,6 +35,7 @@ __all__ = [
     "Fixed",
     "Frozen",
     "Keep",
+    "Latents",
     "Masked",
     "Measured",
     "Mixture",
