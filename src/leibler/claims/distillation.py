@@ -34,6 +34,7 @@ from leibler.data import Record
 from leibler.divergence import JensenShannon
 from leibler.objective import Rows, Validation
 from leibler.train import Adaptive, Context, Mixture, Recipe
+from leibler.train.buffer import pack
 from leibler.train.sources import Source
 
 STUDENT, TEACHER, GIVEN = shuffled(2, 4, 3, seed=1), shuffled(2, 4, 3, seed=2), shuffled(2, 4, 3, seed=3)
@@ -288,7 +289,7 @@ def distillm_adapts_its_source(build: Build = of("distillm")) -> tuple[str, bool
     for step, nll in enumerate((2.0, 2.15, 2.2, 2.0, 2.26)):  # each is compared with the value at the last raise
         state = fake.observe(state, Validation(step, {"nll": nll}))
     phi = state["phi"]["phi"]
-    state = {**state, "buffer": [{"tokens": [0, 0], "start": 1, "prompt": "0"}]}
+    state = {**state, "buffer": pack(replace(_one_row(), records=[Record("0")]))}
     count = {"data": 0, "fresh": 0, "replayed": 0}
     for draw in range(4000):
         del drawn[:]
