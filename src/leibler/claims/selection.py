@@ -271,7 +271,8 @@ def _learn(seed: int, choose: Callable[[dict[str, list[float]], int], list[int]]
     full=True,
 )
 def llkd_learns_more_from_as_many(build: Build = of("llkd")) -> tuple[str, bool]:
-    rule = build().source.rule
+    source: Any = build().source
+    rule = source.rule
 
     def kept(reasons: list[str | None]) -> list[int]:
         return [i for i, reason in enumerate(reasons) if reason is None]
