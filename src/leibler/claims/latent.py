@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +24,6 @@ from leibler.train.latents import to_column
 
 OPEN, CLOSE = "[", "]"
 MARKS = {"open": OPEN, "close": CLOSE}
-MODULUS = 7
-MOVES = (1, 2, 3)
-SEEDS = (0, 1)
 
 
 def _model(seed: int, letters: str = "0123456789+=[]") -> CausalLM:
@@ -162,33 +158,3 @@ def paths_are_counted(count: Callable[[Tensor], float] = effective_paths) -> tup
         alone = count(torch.cat([scores[:1] * 0, torch.full((m - 1,), -99.0, dtype=torch.float64)]))
         ends = max(ends, abs(equal - m), abs(alone - 1))
     return f"{'inside' if inside else 'outside'}, ends off by {ends:.1e}", inside and ends < 1e-9
-
-
-# ---- behaviour -------------------------------------------------------------------------------------------------------
-
-
-def _walks(seed: int, soft: bool) -> tuple[Dataset, Dataset]:
-    """Where a walk on a circle of 7 places can be after three steps, each forward or back by a given number: can it be
-    at a given place? The thoughts are the laws of the place after each step, or the most likely place alone."""
-    ids = character_tokenizer(_LETTERS).get_vocab()
-    records = []
-    for start in range(MODULUS):
-        for moves in itertools.product(MOVES, repeat=3):
-            law, laws = [float(place == start) for place in range(MODULUS)], []
-            for step in moves:
-                law = [(law[place - step] + law[(place + step) % MODULUS]) / 2 for place in range(MODULUS)]
-                best = max(range(MODULUS), key=lambda place: law[place])
-                kept = [(p, w) for p, w in enumerate(law) if w > 0] if soft else [(best, 1.0)]
-                laws.append([(ids[str(p)], w) for p, w in kept])
-            for place in range(MODULUS):
-                prompt = f"{start}{''.join(f'~{step}' for step in moves)}?{place}"
-                answer = "y" if law[place] > 0 else "n"
-                latents = {"token": [[t for t, _ in x] for x in laws], "weight": [[w for _, w in x] for x in laws]}
-                records.append(Record(prompt, completion=answer, extra={"latents": latents}))
-    order = torch.randperm(len(records), generator=generator(seed, "walks")).tolist()
-    cut = int(0.6 * len(records))
-    parts = [tuple(records[i] for i in part) for part in (order[:cut], order[cut:])]
-    return Dataset(parts[0], "walks"), Dataset(parts[1], "other walks")
-
-
-_LETTERS = "0123456~?yn[]"
