@@ -86,6 +86,14 @@ FULL = [
     (s.paced_gets_further, with_settings("paced", a=2.0)),
 ]
 
+OTHERWISE = [
+    s.miniplm_keeps_the_hard_and_learnable,
+    s.llkd_keeps_right_and_unknown_labels,
+    s.paced_weights_where_the_signal_is,
+    *dict.fromkeys(claim for claim, _ in FULL),
+]
+"""Claims that are refuted in this file."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("claim", dict.fromkeys(claim for claim, _ in FULL))
