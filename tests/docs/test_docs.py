@@ -20,7 +20,7 @@ PAGES = (
 )  # fmt: skip
 PACKAGES = (
     "divergence", "fused", "estimate", "objective", "policy", "data", "cache", "train", "recipes", "measure", "theory",
-    "claims", "environment", "sweep",
+    "claims", "environment", "sweep", "represent",
 )  # fmt: skip
 
 

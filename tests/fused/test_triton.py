@@ -18,6 +18,7 @@ from fused.helpers import FOUR, assert_close, dense_logp, four, grads, heads
 from fused.test_named import FORMULAS
 from leibler.divergence import (
     AdaptiveKL,
+    BandKL,
     Alpha,
     CauchySchwarz,
     Divergence,
@@ -45,7 +46,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("without a GPU the kernels need TRITON_INTERPRET=1", allow_module_level=True)
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy, where a GPU says inf or NaN
-KERNELS = [name for name in FORMULAS if name != "adaptive_kl"]
+BY_PYTORCH = ("adaptive_kl", "band_kl")
+"""Divergences whose head or band a kernel would have to find first: they have none."""
+KERNELS = [name for name in FORMULAS if name not in BY_PYTORCH]
 
 
 @pytest.fixture
@@ -477,6 +480,7 @@ UNFIT = [
     SizeReader(),
     AboveMean(),
     AdaptiveKL(),
+    BandKL(),
     RowFunction(lambda p, q: (p.exp() - q.exp()).square().sum(-1)),
 ]
 

@@ -478,7 +478,7 @@ represent = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Turn text into what is no text: thoughts that are laws over the vocabulary.",
+    help="Make inputs that are no text (thoughts).",
     epilog="\b\nExample:\n  leibler represent latent --model models/small --data reasoned.jsonl --out latents",
 )
 app.add_typer(represent)
