@@ -159,7 +159,7 @@ def test_another_version_of_the_format_is_refused(tmp_path):
     for version in (checkpoint.VERSION - 1, checkpoint.VERSION + 1):
         (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "version": version}))
         with pytest.raises(
-            RunError, match=f"has the format {version}, and this version of leibler reads 2; go on with"
+            RunError, match=f"has the format {version}, and this version of leibler reads {checkpoint.VERSION}; go on with"
         ):
             checkpoint.latest(tmp_path)
 

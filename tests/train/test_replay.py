@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 import pytest
@@ -37,7 +39,9 @@ class Counting(Source):
         rows = made_rows([2 + state["draws"] % 3] * len(group), group)
         reward = torch.tensor([10.0 * state["draws"] + mine[i] for i in group])
         logp = torch.where(rows.mask, reward[:, None], 0.0)
-        records = [Record(f"p{state['draws']}.{mine[i]}", answer="a", extra={"x": 1}) for i in group]
+        records = [
+            Record(f"p{state['draws']}.{mine[i]}", answer="a", extra={"x": 1, "when": date(2026, 1, 1)}) for i in group
+        ]
         rows = replace(rows, records=records, texts=[r.prompt + "!" for r in records])
         return {"main": rows.with_columns(reward=reward, behaviour_logp=logp)}, {"draws": state["draws"] + 1}
 
@@ -140,6 +144,19 @@ def test_shares_are_put_together_as_one_process_would_have_drawn_them_even_where
     both = interleaved([share([0, 2], [0, 4]), share([1], [3])])
     assert [r.prompt for r in both.records] == ["0", "3", "4"]
     assert both.group_index.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("source", [Replay(Counting(), capacity=100), Fixed(Counting(), rows=12)])
+def test_records_come_back_with_every_column_and_are_written_once(source):
+    """What a later stage, a reward or `Routed` reads of a record is there on a row that was kept, as on a fresh one."""
+    state = source.init()
+    for draw in range(4):
+        rows, state = source.draw(around(draw), state)
+        assert [record.get("x") for record in rows["main"].records] == [1] * len(rows["main"])
+        assert {record.get("when") for record in rows["main"].records} == {"2026-01-01"}, "fresh or not"
+    packed = state["buffer"] if "buffer" in state else state["set"]
+    assert len(packed["records"]) == len(packed["record"]) / 2, "one for a group of two rows"
+    json.dumps(packed["records"])
 
 
 # ---- a fixed set -----------------------------------------------------------------------------------------------------

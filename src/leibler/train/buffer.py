@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +19,26 @@ Packed = dict[str, Any]
 
 
 def pack(rows: Rows) -> Packed:
-    """Rows as they are written down; what a record carries beside its own fields is left out."""
-    records = [{f.name: getattr(r, f.name) for f in fields(r) if f.name != "extra"} for r in rows.records]
+    """Rows as they are written down.
+
+    Each record is held once, with all its columns, since rewards, `Routed` and stages that come later may read any of
+    them; what JSON does not know becomes text, as in the data's hash.
+    """
+    from leibler.data.records import told
+
+    each = [{**vars(record), "extra": dict(record.extra)} for record in rows.records]
+    written = [json.dumps(record, sort_keys=True, default=told) for record in each]
+    number = {text: i for i, text in enumerate(dict.fromkeys(written))}
     tensors = {name: getattr(rows, name) for name in TENSORS}
-    views = {name: pack(view) for name, view in rows.views.items()}
-    soft = None if rows.soft is None else {"index": rows.soft.index, "weight": rows.soft.weight}
-    kept = {"columns": dict(rows.columns), "records": records, "texts": list(rows.texts), "views": views}
-    return {**tensors, **kept, "soft": soft}
+    return {
+        **tensors,
+        "columns": dict(rows.columns),
+        "records": [json.loads(text) for text in number],
+        "record": torch.tensor([number[text] for text in written], dtype=torch.long),
+        "texts": list(rows.texts),
+        "views": {name: pack(view) for name, view in rows.views.items()},
+        "soft": None if rows.soft is None else {"index": rows.soft.index, "weight": rows.soft.weight},
+    }
 
 
 def unpack(packed: Packed, index: Int[Tensor, " chosen"] | None = None) -> Rows:
@@ -32,14 +46,15 @@ def unpack(packed: Packed, index: Int[Tensor, " chosen"] | None = None) -> Rows:
     from leibler.data import Record
 
     def some(value: Any) -> Any:
-        if index is None or value is None:
+        if index is None or value is None or not len(value):
             return value
         return value[index] if isinstance(value, Tensor) else [value[i] for i in index.tolist()]
 
+    records = [Record(**record) for record in packed["records"]]
     rows = Rows(
         **{name: some(packed[name]) for name in TENSORS},
         columns={name: some(value) for name, value in packed["columns"].items()},
-        records=[Record(**r) for r in some(packed["records"])],
+        records=[records[i] for i in some(packed["record"]).tolist()],
         texts=some(packed["texts"]),
         views={name: unpack(view, index) for name, view in packed["views"].items()},
         soft=None if packed["soft"] is None else SoftTokens(**{n: some(x) for n, x in packed["soft"].items()}),

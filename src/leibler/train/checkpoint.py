@@ -21,7 +21,7 @@ from leibler.errors import RunError
 from leibler.train import sharding
 
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 TENSOR = "tensor:"
 """Where a state holds a tensor, its JSON holds this and the tensor's name in ``state.safetensors``."""
 

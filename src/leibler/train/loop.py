@@ -502,8 +502,8 @@ class _Trainer:
         """
         assert path is not None
         state = checkpoint.load(path, self._saved_modules(), self.raw_optimizer)
-        self.step, self.draw, self.last_due = state["step"], state["draw"], state["last_due"]
-        self.tokens = state.get("tokens", 0)  # earlier versions did not count them, and had no use for them
+        self.step, self.draw, self.tokens = state["step"], state["draw"], state["tokens"]
+        self.last_due = state["last_due"]
         self.source_state = state["source"]
         self.guarding.put(state["guards"], undone=undone)
         if self.accelerator.scaler and state["scaler"]:

@@ -83,7 +83,9 @@ class Replay(Source):
         wanted = min(sum(part.groups for part in every), held.groups)
         picks = torch.randperm(held.groups, generator=generator(context.seed, "replay", context.draw))[:wanted]
         mine = picks[context.rank :: context.world]
-        return {name: groups(held, mine)}, {"source": inner, "buffer": pack(held)}
+        kept = pack(held)
+        # A fresh record reads as it will when it comes back.
+        return {name: groups(unpack(kept), mine)}, {"source": inner, "buffer": kept}
 
 
 @dataclass(frozen=True)
