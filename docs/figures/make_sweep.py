@@ -28,9 +28,15 @@ def parts(content: Mapping[str, Any]) -> dict[str, str]:
     setup, settings, made = content["setup"], content["settings"], content["made_with"]
     scale, options = settings["scale"], content["options"]
     seeds = f"{content['seeds']} seed" + "s" * (content["seeds"] != 1)
+    tried = settings.get("learning_rates")
+    rates = (
+        f"each method with the best of the learning rates {', '.join(f'{rate:g}' for rate in tried)}"
+        if tried
+        else f"learning rate {options['learning_rate']:g}"
+    )
     run = (
         f"{setup['tokens']:,} tokens each (about {setup['steps']} steps of {options['batch_size']} completions of the "
-        f"data), learning rate {options['learning_rate']:g}, {seeds}, {made['threads']} thread"
+        f"data), {rates}, {seeds}, {made['threads']} thread"
         f"{'s' * (made['threads'] != 1)}; Leibler {made['leibler']}, PyTorch {made['torch']}, {made['machine']}."
     )
     if scale < 1:

@@ -125,6 +125,10 @@ def train(
         float | None, typer.Option(help="Of a sweep on the embedded task: multiplies all steps, for a quick look: 1.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Of each process of a sweep.")] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Of a sweep: 1e-3,2e-4 tries both with each method; the better on tuning problems counts."),
+    ] = None,
 ) -> None:
     """Train a model by a recipe, or compare many with --sweep.
 
@@ -137,12 +141,12 @@ def train(
     """
     arguments = [*(overrides or []), *([f"out={out}"] if out is not None else [])]
     knobs = {"--family": family, "--seeds": seeds, "--steps-scale": steps_scale, "--threads": threads}
+    knobs["--learning-rates"] = learning_rates
     if sweep and resume is None:
         from leibler.cli.sweep import sweep_command
 
-        if not sweep_command(
-            [*([recipe] if recipe is not None else []), *arguments], family, seeds, steps_scale, threads
-        ):
+        named = [*([recipe] if recipe is not None else []), *arguments]
+        if not sweep_command(named, family, seeds, steps_scale, threads, learning_rates):
             raise typer.Exit(1)
         return
     from leibler.cli.train import train_command

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,12 @@ FAMILY = "distillation"
 
 
 def sweep_command(
-    arguments: Sequence[str], family: str | None, seeds: int | None, scale: float | None, threads: int | None
+    arguments: Sequence[str],
+    family: str | None,
+    seeds: int | None,
+    scale: float | None,
+    threads: int | None,
+    rates: str | None = None,
 ) -> bool:
     """Run the sweep, print its table and write its report and picture; False if a run failed.
 
@@ -47,7 +54,22 @@ def sweep_command(
     if request.out is None:
         raise RunError("no directory was given; add --out DIR.")
     settings = _settings(request, {slug: o for slug, o in own.items() if o}, scale, threads)
+    settings = replace(settings, learning_rates=_rates(rates, request.options))
     return _run(slugs, Path(request.out), settings, 1 if seeds is None else seeds, request.quiet)
+
+
+def _rates(text: str | None, options: Mapping[str, Any]) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        rates = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise RunError(f"--learning-rates={text} must be positive numbers with commas between them: 1e-3,2e-4.")
+    if "learning_rate" in options:
+        raise RunError("learning_rate= and --learning-rates were given; keep one of the two.")
+    return rates
 
 
 def _slugs(named: Sequence[str], family: str | None) -> list[str]:

@@ -81,7 +81,7 @@ def _embedded(folder: Path, settings: Settings, say: Say) -> Setup:
             models={"teacher": models["teacher"], **{name: models[of] for name, of in CALLED.items()}},
             data=data,
             held_out=f"{TASK},n={settings.limit},seed=1,part=heldout",
-            tuning=f"{TASK},n=64,seed=2,part=train",
+            tuning=f"{TASK},n={settings.limit},seed=2,part=heldout",
             text=f"{TEXT},limit=64,part=heldout",
             tokens=settings.options.get("tokens") or 0,
             steps=steps,

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from leibler.safety import printable
 from leibler.sweep.needs import Asked, asked, lacking
 from leibler.sweep.provide import offered
 from leibler.sweep.settings import INTERRUPTED, LOGS, RESULTS, RUNS, Settings, Setup, read_json
-from leibler.sweep.table import summary
+from leibler.sweep.table import run_name, summary
 
 BASELINES = (("student", "student, before"), ("teacher", "teacher"))
 SWEEP = "sweep.json"
@@ -36,11 +36,10 @@ class Job:
     slug: str
     seed: int = 0
     model: str = ""
+    learning_rate: float | None = None
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"name": self.name, "kind": self.kind, "slug": self.slug, "seed": self.seed, "model": self.model}
-        )
+        return json.dumps(asdict(self))
 
 
 def run_sweep(
@@ -79,8 +78,12 @@ def run_sweep(
         say = _quiet if quiet else _say
         _prepare(out, [needs[slug] for slug in taking_part], say)
         jobs = [Job(f"baseline-{model}", "measure", "", model=model) for model, _ in BASELINES]
-        for seed in range(seeds):
-            jobs += [Job(f"{slug}-{seed}", "train", slug, seed) for slug in taking_part]
+        jobs += [
+            Job(run_name(slug, seed, rate), "train", slug, seed, learning_rate=rate)
+            for seed in range(seeds)
+            for slug in taking_part
+            for rate in settings.learning_rates or (None,)
+        ]
         failed = _work(out, settings, jobs, quiet, lambda failed: _write(out, settings, needs, left_out, seeds, failed))
         return _write(out, settings, needs, left_out, seeds, failed)
 
@@ -125,7 +128,9 @@ def _work(
     failed: dict[str, str] = {}
     try:
         for number, job in enumerate(left, 1):
-            progress.say(f"[{number}/{len(left)}] {job.slug or job.model}{f', seed {job.seed}' if job.seed else ''}")
+            which = f", seed {job.seed}" if job.seed else ""
+            which += f", learning rate {job.learning_rate:g}" if job.learning_rate else ""
+            progress.say(f"[{number}/{len(left)}] {job.slug or job.model}{which}")
             log = out / LOGS / f"{job.name}.log"
 
             def look(job: Job = job) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Settings:
             and models for them are made on the spot.
         options: of every run, by name (see `leibler.train.Options`).
         overrides: of single methods: ``recipe.KEY`` to text, by slug.
+        learning_rates: to try for each method; the best on ``tuning`` problems is compared. Empty: the options' alone.
         samples: answers sampled to each held-out problem.
         limit: held-out problems, at most.
         scale: multiplies every number of steps of the embedded set-up.
@@ -40,6 +41,7 @@ class Settings:
     validation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    learning_rates: Sequence[float] = ()
     samples: int = 8
     limit: int = 192
     scale: float = 1.0
@@ -88,7 +90,8 @@ class Setup:
         models: directories by the names that recipes read them under, ``teacher`` among them.
         data: specifications by the names that recipes draw from.
         held_out: what is measured on; no run sees it.
-        tuning: held out of the training data too, for recipes that listen to a validation.
+        tuning: held out of the training data too, for recipes that listen to a validation, and to choose learning
+            rates by.
         text: general text that is measured on as well, if there is any.
         tokens: that each run trains on.
         steps: that a run on the data takes for it; schedules go by them.

@@ -49,6 +49,10 @@ def _whole(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
+def _rate(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:g}"
+
+
 COLUMNS = (
     Column("forward_kl", "forward KL", "demonstrations", -1),
     Column("reverse_kl", "reverse KL", "demonstrations", -1),
@@ -60,10 +64,16 @@ COLUMNS = (
     Column("distinct_right", "right ones", "distinct, of 8", 1),
     Column("ece", "ECE", "%", -1, _tenths, 0.01),
     Column("text_nll", "text", "nats a token", -1),
+    Column("learning_rate", "learning rate", "best of those tried", 0, _rate),
     Column("steps", "steps", "of the optimiser", 0, _whole),
     Column("tokens_per_second", "tokens/s", "trained", 1, _whole),
     Column("memory", "memory", "peak, MB", -1, _tenths, 2.0**20),
 )
+
+
+def run_name(slug: str, seed: int, learning_rate: float | None = None) -> str:
+    """What a run is called in the directory of its sweep."""
+    return f"{slug}-{seed}" if learning_rate is None else f"{slug}-{seed}-{learning_rate:g}"
 
 
 def summary(
@@ -92,6 +102,7 @@ def summary(
     from leibler.sweep.provide import run_options
 
     by_name = {result["name"]: result for result in results}
+    rates, wanted = tuple(settings.learning_rates) or (None,), []
     rows = [
         {"name": shown, "slug": "", "errors": [], **_over([by_name[f"baseline-{model}"]])}
         for model, shown in (("student", "student, before"), ("teacher", "teacher"))
@@ -100,13 +111,16 @@ def summary(
     for slug in slugs:
         if slug in left_out:
             continue
-        names = [f"{slug}-{seed}" for seed in range(seeds)]
-        found = [by_name[name] for name in names if name in by_name]
-        errors = [failed[name] for name in names if name in failed]
+        tried = {rate: [run_name(slug, seed, rate) for seed in range(seeds)] for rate in rates}
+        wanted += [name for names in tried.values() for name in names]
+        errors = [failed[name] for names in tried.values() for name in names if name in failed]
         method = recipes.find(slug)
         about = {"name": slug, "slug": slug, "title": method.title, "year": method.year, "errors": errors}
-        rows.append({**about, **_over(found)})
-    missing = [n for s in slugs if s not in left_out for n in (f"{s}-{k}" for k in range(seeds)) if n not in by_name]
+        each = [_over([by_name[name] for name in names if name in by_name]) for names in tried.values()]
+        # Chosen by problems that are not compared on; of equals, the first.
+        best = max(each, key=lambda over: over["metrics"].get("tuning", -math.inf))
+        rows.append({**about, **best, "tried": [o["metrics"] for o in each if o["metrics"]] if len(each) > 1 else []})
+    missing = [name for name in wanted if name not in by_name]
     return {
         "setup": asdict(setup),
         "options": run_options(settings),

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,10 @@ def _train(out: Path, settings: Settings, job: Mapping[str, Any]) -> None:
         name: provide(out, settings, setup, name, needs.columns.get(name, ()), name in needs.pairs, _say)
         for name in needs.data
     }
-    options = Options(
-        **{"keep": 1, "save_every": max(setup.steps // SAVES, 1), **run_options(settings)},
-        tokens=setup.tokens, steps=setup.steps, seed=job["seed"],
-    )  # fmt: skip
+    chosen: dict[str, Any] = {"keep": 1, "save_every": max(setup.steps // SAVES, 1), **run_options(settings)}
+    if job["learning_rate"]:
+        chosen["learning_rate"] = job["learning_rate"]
+    options = Options(**chosen, tokens=setup.tokens, steps=setup.steps, seed=job["seed"])
     CausalLM.load(setup.student)  # so that what is imported for it is not counted as the method's
     before = _begin_peak()
     models = {name: setup.models[name] for name in needs.models - {"teacher"}}
@@ -131,6 +132,8 @@ def _train(out: Path, settings: Settings, job: Mapping[str, Any]) -> None:
     peak = _peak() - before
     model = CausalLM.load(run.out / "final")
     found = {**numbers(model, setup, settings), **costs(folder), "memory": peak}
+    if job["learning_rate"]:
+        found |= {"learning_rate": options.learning_rate, "tuning": tuning(model, setup, settings)}
     _write(out, job, {"metrics": found, "parameters": _size(model)})
     for left in folder.rglob("checkpoints"):
         shutil.rmtree(left)  # the run is over, and there will be many
@@ -160,8 +163,6 @@ def numbers(model: CausalLM, setup: Setup, settings: Settings) -> dict[str, floa
     ``own_reverse_kl`` is the reverse one along the model's own sampled answers, ``ece`` the calibration error of its
     next token in those completions, ``text_nll`` the nats per token of general text.
     """
-    from dataclasses import replace
-
     from leibler.data import load
     from leibler.measure.models import compare, evaluate
     from leibler.policy import CausalLM, sample, uniforms
@@ -189,6 +190,23 @@ def numbers(model: CausalLM, setup: Setup, settings: Settings) -> dict[str, floa
     if setup.text is not None:
         found["text_nll"] = compare(model, model, load(setup.text), [], batch_size=32)["model/nll"]
     return found
+
+
+def tuning(model: CausalLM, setup: Setup, settings: Settings) -> float:
+    """What a learning rate is chosen by: greedy accuracy, or less the reverse KL where nothing checks answers, on
+    problems that are neither trained nor compared on."""
+    from leibler.data import load
+    from leibler.measure.models import compare, evaluate
+    from leibler.policy import CausalLM
+    from leibler.sweep.provide import run_options
+
+    compared = {record.prompt for record in load(setup.held_out, limit=settings.limit)}
+    found = load(setup.tuning)
+    found = replace(found, records=tuple(r for r in found if r.prompt not in compared))
+    if found.check is not None:
+        new = run_options(settings).get("max_new_tokens", 64)
+        return evaluate(model, found, 0, max_new_tokens=new, batch_size=512)["accuracy"]
+    return -compare(model, CausalLM.load(setup.models["teacher"]), found, batch_size=32)["divergence/reverse_kl"]
 
 
 def costs(folder: Path) -> dict[str, float]:
