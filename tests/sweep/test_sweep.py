@@ -278,3 +278,26 @@ def test_every_distillation_method_takes_part_or_says_why_not(tmp_path, capsys):
         if row["slug"]:
             assert row["metrics"]["tokens"] >= budget, row["slug"]
     assert out.count("was left out") == len(content["left_out"])
+
+
+def test_each_learning_rate_is_run_and_kept(given, here, tmp_path):
+    own = {k: v for k, v in OPTIONS.items() if k != "learning_rate"}
+    asked = settings(given, options=own, learning_rates=(0.01, 0.001))
+    content = run_sweep(["sft"], tmp_path, asked, quiet=True)
+    assert [job["name"] for job in here if job["kind"] == "train"] == ["sft-0-0.01", "sft-0-0.001"]
+    rates = [json.loads((tmp_path / "runs" / f"sft-0-{r}" / "metrics.jsonl").read_text().splitlines()[0]) for r in
+             ("0.01", "0.001")]  # fmt: skip
+    assert [rate["learning_rate"] for rate in rates] == [0.01, 0.001]
+    tried = content["rows"][-1]["tried"]
+    assert content["rows"][-1]["metrics"]["tuning"] == max(t["tuning"] for t in tried)
+    here.clear()
+    assert run_sweep(["sft"], tmp_path, asked, quiet=True)["rows"] == content["rows"]
+    assert not [job for job in here if job["kind"] == "train"]
+
+
+@pytest.mark.parametrize("rates", ["", "a,b", "0.1,-1", "inf"])
+def test_learning_rates_that_are_none_are_named(rates, tmp_path):
+    from leibler.cli.sweep import sweep_command
+
+    with pytest.raises(RunError, match="--learning-rates"):
+        sweep_command(["sft", f"out={tmp_path}"], None, None, None, None, rates)

@@ -42,6 +42,23 @@ def test_means_and_spreads_are_over_seeds():
     assert "| `kd` |" in as_markdown(content)
 
 
+def test_the_learning_rate_is_chosen_by_problems_that_are_not_compared_on():
+    tried = [
+        result("kd-0-0.1", **numbers(0.9, 1.0), learning_rate=0.1, tuning=0.4),
+        result("kd-0-0.01", **numbers(0.5, 2.0), learning_rate=0.01, tuning=0.6),
+    ]
+    content = summary(SETUP, Settings(learning_rates=(0.1, 0.01)), ["kd"], {}, 1, [*BASE, *tried], {})
+    row = content["rows"][-1]
+    assert row["metrics"]["learning_rate"] == 0.01
+    assert row["metrics"]["accuracy"] == 0.5
+    assert [other["learning_rate"] for other in row["tried"]] == [0.1, 0.01]
+    assert content["complete"]
+    assert "learning rate" in as_text(content)
+    assert "learning rate" not in as_text(made(*BASE, result("kd-0", **numbers(0.3, 1.0)), slugs=["kd"]))
+    half = summary(SETUP, Settings(learning_rates=(0.1, 0.01)), ["kd"], {}, 1, [*BASE, tried[0]], {})
+    assert half["missing"] == ["kd-0-0.01"]
+
+
 def test_what_did_not_run_and_what_failed_is_told_apart():
     content = made(*BASE, result("kd-0", **numbers(0.5, 1.0)), slugs=["kd", "gkd", "akl"], failed={"gkd-0": "no room"})
     assert not content["complete"]

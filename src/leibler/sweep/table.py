@@ -124,7 +124,7 @@ def summary(
     return {
         "setup": asdict(setup),
         "options": run_options(settings),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "learning_rates": list(settings.learning_rates)},
         "seeds": seeds,
         "complete": not missing,
         "missing": [name for name in missing if name not in failed],
