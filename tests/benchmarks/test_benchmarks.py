@@ -21,6 +21,8 @@ SCRIPTS = sorted(FOLDER.glob("[a-z]*.py"))
 
 def loaded(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    for script in FOLDER.glob("*.py"):  # a folder of tests has the name of one of them
+        monkeypatch.delitem(sys.modules, script.stem, raising=False)
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
