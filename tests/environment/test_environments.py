@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -115,6 +116,22 @@ class Mixed(Sums):
 def test_broken_promises_are_found(environment, complaint):
     with pytest.raises(DataError, match=complaint):
         check_environment(environment, n=200 if isinstance(environment, Leaky) else 6)
+
+
+def test_what_cannot_be_copied_or_hashed_is_found():
+    """Copies of it are played, and the episodes of equal ones together."""
+
+    @dataclass(frozen=True)
+    class Loose(Sums):
+        words: list[str] = field(default_factory=list)
+
+    @dataclass(frozen=True)
+    class Holding(Sums):
+        lock: Any = field(default_factory=threading.Lock)
+
+    for environment in (Loose(), Holding()):
+        with pytest.raises(DataError, match=r"cannot be copied and hashed .*make it a frozen dataclass"):
+            check_environment(environment)
 
 
 @dataclass(frozen=True)

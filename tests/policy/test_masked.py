@@ -9,20 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from leibler.data import Record
+from leibler.divergence import SampledLogProb
 from leibler.errors import DataError, ModelError
+from leibler.fused import Want, functionals
+from leibler.measure import compare, token_view
+from leibler.measure.scores import label_logps
 from leibler.policy import (
     CausalLM,
     Lora,
     MaskedLM,
     character_tokenizer,
+    decode_latent,
     decode_masked,
     load,
     logprobs,
+    right_pad,
+    sample,
     tiny_llama,
     tiny_masked,
     uniforms,
 )
 from leibler.policy.masked import hidden_rows
+from leibler.policy.reading import reading
 
 TOKENIZER = character_tokenizer("abcde")
 
@@ -96,7 +105,9 @@ def test_no_law_gives_the_mask_token_anything(model: MaskedLM):
     tokens = torch.tensor([[*model.encode_prompt("ab"), model.mask_id]])
     mask = torch.tensor([[False, True]])
     assert int(tokens[0, 2]) == model.mask_id
-    assert logprobs(model, tokens, torch.ones_like(tokens).bool(), mask).item() == -torch.inf
+    head = model.linear(model(tokens, torch.ones_like(tokens).bool())[:, :-1][mask])
+    (found,) = functionals(head, [Want(SampledLogProb())], token=tokens[:, 1:][mask], vocab=model.vocab_size)
+    assert found.item() == -torch.inf
 
 
 def test_a_checkpoint_is_read_back_as_what_it_is(model: MaskedLM, tmp_path: Path):
@@ -257,6 +268,25 @@ def test_mistakes_in_decoding_are_told(options: dict, message: str):
         decode_masked(_modern(), [[1], []], length=2)
     with pytest.raises(ModelError, match="exceeds the model's context of 32"):
         decode_masked(_modern(), [[1]], length=32)
+
+
+def test_what_reads_from_left_to_right_refuses_it():
+    """It would answer with the laws of tokens that it has read."""
+    model, record = _modern(), Record("ab", completion="b")
+    rows = right_pad([([4], [5, 2])])
+    calls = [
+        lambda: sample(model, [[4]], uniforms=torch.zeros(1, 2, dtype=torch.float64)),
+        lambda: sample([(model, 1.0)], [[4]], uniforms=torch.zeros(1, 2, dtype=torch.float64)),
+        lambda: logprobs(model, *rows),
+        lambda: reading(model, [([4], [5, 2])]),
+        lambda: compare(model, model.copy(), [record]),
+        lambda: token_view(model, model.copy(), "b"),
+        lambda: label_logps(model, [record]),
+        lambda: decode_latent(model, [[4]]),
+    ]
+    for call in calls:
+        with pytest.raises(ModelError, match="fills in masked positions, and this reads from left to right"):
+            call()
 
 
 def test_hidden_rows_agree_with_a_loop():

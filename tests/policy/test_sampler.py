@@ -328,3 +328,15 @@ def test_limits_of_their_own_cut_rows_and_change_no_draw(any_model: CausalLM, pr
 def test_nothing_to_sample(model: CausalLM) -> None:
     assert sample(model, [], uniforms=torch.zeros(0, 5, dtype=torch.float64)).completions() == []
     assert sample(model, [[5]], uniforms=torch.zeros(1, 0, dtype=torch.float64)).completions() == [[]]
+
+
+def test_a_row_that_has_its_tokens_asks_for_no_position_beyond_the_context(any_model: CausalLM) -> None:
+    """It goes on beside the others until a quarter of the rows is done."""
+    room = any_model.context - 2
+    prompts = [[1, *[5, 6] * (room // 2)], *[[1, 7]] * 9]
+    limits = [any_model.context - len(prompts[0]), *[room] * 9]
+    numbers = uniforms(0, "limits", 0, rows=10, n=room)
+    found = sample(any_model, prompts, uniforms=numbers, limits=limits)
+    alone = sample(any_model, prompts[1:2], uniforms=numbers[1:2])
+    assert found.completions()[1] == alone.completions()[0]
+    assert len(found.completions()[0]) <= limits[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -47,8 +48,8 @@ class Session(ABC):
 class Environment(Named, ABC):
     """A family of tasks that are played in turns: a specification, usually a frozen dataclass of knobs.
 
-    It must be picklable, and a session must be a function of its task and the actions so far: the same actions lead
-    to the same observations, in any process. `check_environment` looks whether that is so.
+    It must be hashable and of values that can be copied, and a session must be a function of its task and the actions
+    so far: the same actions lead to the same observations, in any process. `check_environment` looks whether it is.
 
     A dialogue reads ``opening(observation)``, action, ``reply(observation)``, action, ...; each action is followed by
     the tokenizer's end token, which belongs to the player. The environment's texts carry no loss.
@@ -112,11 +113,11 @@ class Environment(Named, ABC):
         """One task as a record of `dataset`."""
         extra = {"environment": self.spec(), "task": task}
         actions = self.script(task)
-        if actions is None:
-            return Record(self.opening(begin(self, self.session(), task)), source=source, extra=extra)
-        played = replay(self, task, actions)
-        later = [[self.reply(text), a] for text, a in zip(played.observations[1:], actions[1:])]
+        played = replay(self, task, actions or ())
         opening = self.opening(played.observations[0])
+        if not actions:
+            return Record(opening, source=source, extra=extra)
+        later = [[self.reply(text), a] for text, a in zip(played.observations[1:], actions[1:])]
         return Record(opening, completion=actions[0], source=source, extra={**extra, "turns": later})
 
 
@@ -208,8 +209,8 @@ def _failed(environment: Environment, what: str, error: Exception) -> str:
 def check_environment(environment: Environment, n: int = 8, seed: int = 0) -> None:
     """Play scripts and nonsense to see whether an environment keeps what `Environment` promises.
 
-    Tasks and sessions are the same a second time, after pickling, and when sessions are played together; parts share
-    no task; scripts solve their tasks within ``turns``.
+    Tasks and sessions are the same a second time, in a copy, and when sessions are played together; parts share no
+    task; scripts solve their tasks within ``turns``.
 
     Raises:
         DataError: in one sentence, the first promise that is broken.
@@ -218,12 +219,15 @@ def check_environment(environment: Environment, n: int = 8, seed: int = 0) -> No
         >>> from leibler.environment import TextWorld
         >>> check_environment(TextWorld(rooms=4), n=3)
     """
-    import pickle
 
     def broken(what: str) -> DataError:
         return DataError(f"{environment.spec()} {what}.")
 
-    twin = pickle.loads(pickle.dumps(environment))
+    try:
+        twin = copy.deepcopy(environment)
+        hash(environment)
+    except TypeError as error:
+        raise broken(f"cannot be copied and hashed ({error}); make it a frozen dataclass of plain values") from error
     tasks = environment.tasks(n, seed, "train")
     if len(tasks) != n or not all(isinstance(task, str) for task in tasks):
         raise broken(f"does not give {n} tasks as text")

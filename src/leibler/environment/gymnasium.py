@@ -16,7 +16,7 @@ class GymnasiumText(Environment):
     """Any text environment with Gymnasium's ``reset(seed=...)`` and ``step(action)``; a task is a seed.
 
     Args:
-        make: makes one: a function or class of a module, so that it can be pickled.
+        make: makes one: a function or a class.
         length: the most turns of an episode.
         title: its name; where an installed package offers it as an environment, the name there.
 

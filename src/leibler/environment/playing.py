@@ -135,6 +135,14 @@ def _spent(episode: Episode) -> bool:
 def _begun(model: CausalLM, start: Start, max_new_tokens: int, max_length: int) -> Episode:
     """An episode after its prefix."""
     session = start.environment.session()
+    try:
+        return _replayed(model, start, session, max_new_tokens, max_length)
+    except BaseException:
+        session.close()
+        raise
+
+
+def _replayed(model: CausalLM, start: Start, session: Session, max_new_tokens: int, max_length: int) -> Episode:
     opening = start.environment.opening(begin(start.environment, session, start.task))
     episode = Episode(start, session, _encoded(model, opening, start.environment, first=True))
     for number, action in enumerate(start.prefix):

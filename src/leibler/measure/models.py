@@ -18,7 +18,7 @@ from leibler.measure.calibration import Calibration, calibration
 from leibler.measure.samples import distinct_answers, mean_pass_at_k
 from leibler.measure.summaries import entropy_summary
 from leibler.policy import CausalLM, MaskedLM, decode_masked, right_pad, same_tokenizer, sample, uniforms
-from leibler.policy.model import evaluating
+from leibler.policy.model import check_causal, evaluating
 from leibler.policy.reading import by_length
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def compare(
 
     Raises:
         DataError: there is no completion.
-        ModelError: the tokenizers differ.
+        ModelError: the tokenizers differ, or a model is a masked language model.
 
     Examples:
         >>> from leibler.data import Record
@@ -341,6 +341,7 @@ def greedy(
 
 def _linear(model: CausalLM, tokens: Tensor, attention: Tensor, mask: Tensor, temperature: float = 1.0) -> Linear:
     """The head at the positions that predict a token of a completion."""
+    check_causal(model)
     hidden = model(tokens.to(model.device), attention.to(model.device))[:, :-1][mask.to(model.device)]
     tensors = model.linear(hidden).tensors
     return Linear.of([None if t is None else t.to(tokens.device) for t in tensors], temperature)

@@ -18,7 +18,7 @@ from leibler.errors import DataError, ModelError
 from leibler.objective.soft import SoftTokens
 from leibler.policy.cache import make_cache
 from leibler.policy.draw import invert, law_
-from leibler.policy.model import CausalLM, evaluating
+from leibler.policy.model import CausalLM, check_causal, evaluating
 from leibler.policy.sampler import Samples
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -162,6 +162,7 @@ def _check(
         raise DataError(
             f"uniforms must have {len(prompts)} rows of at least {max_new_tokens} numbers, not {list(uniforms.shape)}."
         )
+    check_causal(model)
     model.check_cache()
     model.check_length(max(map(len, prompts)) + 2 + max_latent + max_new_tokens)
 

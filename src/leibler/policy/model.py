@@ -473,6 +473,16 @@ class CausalLM(LanguageModel):
             )
 
 
+def check_causal(*models: object) -> None:
+    """Raise a ``ModelError`` for a model that reads a text from both sides: it would see the tokens it is asked for."""
+    for model in models:
+        if isinstance(model, LanguageModel) and model.masked:
+            raise ModelError(
+                f"{type(model.pretrained).__name__} fills in masked positions, and this reads from left to right; give "
+                "a CausalLM, or see decode_masked, Masked and evaluate for what masked language models do."
+            )
+
+
 @functools.cache
 def _accepts(kind: type) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)

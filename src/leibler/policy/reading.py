@@ -12,7 +12,7 @@ from torch import Tensor
 from leibler.divergence import Entropy, SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import Want, functionals
-from leibler.policy.model import CausalLM, evaluating
+from leibler.policy.model import CausalLM, check_causal, evaluating
 from leibler.policy.sampler import Samples
 from leibler.policy.tokens import right_pad
 
@@ -70,6 +70,7 @@ def reading(
         >>> len(found["nll"]), all(0 <= u <= 1 for u in found["uncertainty"])
         (2, True)
     """
+    check_causal(model)
     nll, entropy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.float64)
     done = 0
     with torch.no_grad(), evaluating(model):

@@ -18,7 +18,7 @@ from torch import Tensor
 from leibler.errors import DataError, ModelError
 from leibler.policy.decode import decoder
 from leibler.policy.draw import invert, law_
-from leibler.policy.model import CausalLM, evaluating
+from leibler.policy.model import CausalLM, check_causal, evaluating
 from leibler.policy.tokenizers import same_tokenizer
 
 _COMPACT_AT = 0.25
@@ -144,6 +144,7 @@ class _Law:
         self.used, self.padded = longest, not bool(attention.all())
         self.attention = attention
         self.next_position = attention[:, :longest].sum(1)
+        self.last_position = min(longest + limit, *(m.context or longest + limit for m in self.models)) - 1
         self.states = [one.read(tokens, attention[:, :longest], limit) for one in self.decoders]
         if len(distinct) < len(prompts):
             self.keep(torch.tensor([distinct[prompt] for prompt in prompts], device=device))
@@ -161,6 +162,8 @@ class _Law:
         attention = self.attention[:, : self.used] if self.padded else None
         self.states = [one.advance(token, attention, self.next_position) for one in self.decoders]
         self.next_position = self.next_position + 1
+        # A row that has its tokens goes on beside the others, unread; its positions must still be some.
+        self.next_position.clamp_(max=self.last_position)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """One token for each row, with its log-probability under the law that it was drawn from."""
@@ -213,11 +216,13 @@ def _roll(law: _Law, rows: Tensor, uniforms: Tensor, ends: Tensor, out: tuple[Te
 
 
 def _mixture(models: CausalLM | Sequence[tuple[CausalLM, float]]) -> list[tuple[CausalLM, float]]:
+    check_causal(models)
     if isinstance(models, CausalLM):
         return [(models, 1.0)]
     mixture = [(model, float(weight)) for model, weight in models if weight != 0]
     if not mixture or any(weight < 0 for _, weight in mixture) or abs(sum(weight for _, weight in mixture) - 1) > 1e-6:
         raise ModelError(f"Mixture weights must be non-negative and sum to 1, not {[float(w) for _, w in models]}.")
+    check_causal(*(model for model, _ in mixture))
     for other, _ in mixture[1:]:
         same_tokenizer(mixture[0][0], other, ("first model", "other model"))
     return mixture

@@ -11,7 +11,7 @@ from torch import Tensor
 from leibler.divergence import SampledLogProb
 from leibler.errors import DataError
 from leibler.fused import Want, functionals
-from leibler.policy.model import CausalLM
+from leibler.policy.model import CausalLM, check_causal
 
 
 def right_pad(
@@ -72,7 +72,11 @@ def logprobs(
         attention: the tokens that are there.
         mask: ``mask[b, t]`` asks for the log-probability of ``tokens[b, t + 1]``.
         temperature: log-probs of the law proportional to ``p ** (1 / temperature)``.
+
+    Raises:
+        ModelError: a masked language model, which would read the tokens themselves.
     """
+    check_causal(model)
     head = model.linear(model(tokens, attention)[:, :-1][mask], temperature)
     wants = [Want(SampledLogProb())]
     return functionals(head, wants, token=tokens[:, 1:][mask], vocab=model.vocab_size)[0]
