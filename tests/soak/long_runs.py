@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 import resource
+import string
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from leibler import recipes
 from leibler.data import Brackets
-from leibler.policy import CausalLM, character_tokenizer, tiny_llama
-from leibler.train import Pipeline, fit, recipes_of
-from leibler.train.setup import paired
+from leibler.policy import CausalLM, MaskedLM, character_tokenizer, tiny_llama, tiny_masked
+from leibler.sweep.needs import asked
+from leibler.train import fit, recipes_of
+from leibler.train.masking import reads_masked
 from soak.table import Row
 
 STEPS = 300
 TASK = Brackets(depth=2, length=4)
+WORLD = "env:textworld:rooms=2,depth=1,limit=4,n=64"
+ALPHABET = string.printable[:95] + "\n"
+PARAMETERS = {"latent-sft": {"open": "(", "close": ")"}}
+"""Markers that the alphabet has."""
 GROWTH = 64_000
 """Kilobytes that the peak may grow by: what grew with the number of steps is at most some tens of megabytes."""
 
@@ -58,16 +65,17 @@ def endure(slug: str, out: Path, *, steps: int = STEPS, seed: int = 0) -> tuple[
 
 
 def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
-    method = recipes.get(slug)
-    stages = method.stages if isinstance(method, Pipeline) else {}
-    rules = [(n, rule) for recipe in recipes_of(method).values() for n, rule in recipe.models.items()]
-    sources = {rule.source for n, rule in rules if n not in stages} - {"initial"}
+    method = recipes.get(slug, **PARAMETERS.get(slug, {}))
+    needs = asked(method)
+    episodes = any("environment" in columns for columns in needs.columns.values())
+    masked = any(reads_masked(recipe.source) for recipe in recipes_of(method).values())
+    model = partial(masked_model if masked else small, ALPHABET if episodes else TASK.alphabet)
     run = fit(
         method,
-        student=small(0),
-        teacher=small(1) if "teacher" in sources else None,
-        models={name: small(2) for name in sources - {"teacher"}},
-        data=rows(slug),
+        student=model(0),
+        teacher=model(1) if "teacher" in needs.models else None,
+        models={name: model(2) for name in needs.models - {"teacher"}},
+        data={name: WORLD if episodes else rows(name in needs.pairs) for name in needs.data},
         out=out,
         steps=steps,
         batch_size=16,
@@ -85,14 +93,18 @@ def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
     return lines
 
 
-def small(seed: int) -> CausalLM:
-    return tiny_llama(character_tokenizer(TASK.alphabet), hidden=32, layers=1, heads=2, seed=seed)
+def small(alphabet: str, seed: int) -> CausalLM:
+    return tiny_llama(character_tokenizer(alphabet), hidden=32, layers=1, heads=2, seed=seed, max_length=512)
 
 
-def rows(slug: str) -> list[dict[str, Any]]:
-    """Prompts with right answers, wrong ones where pairs are given, and the columns that some methods read."""
+def masked_model(alphabet: str, seed: int) -> MaskedLM:
+    return tiny_masked(character_tokenizer(alphabet), hidden=32, layers=1, heads=2, seed=seed)
+
+
+def rows(pairs: bool) -> list[dict[str, Any]]:
+    """Prompts with right answers, wrong ones where pairs are asked for, and the columns that some methods read."""
     records = TASK.sample(200, seed=0)
-    if any(map(paired, recipes_of(recipes.get(slug)).values())):
+    if pairs:
         return [{"prompt": r.prompt, "chosen": str(r.completion), "rejected": "(("} for r in records]
     return [
         {
@@ -101,6 +113,7 @@ def rows(slug: str) -> list[dict[str, Any]]:
             "answer": str(r.answer),
             "pass_rate": i % 5 / 4,
             "label_logp": [-0.5] * (len(str(r.completion)) + 1),  # one a character, and one for the end
+            "latents": {"token": [[4, 5], [6]], "weight": [[0.75, 0.25], [1.0]]},
         }
         for i, r in enumerate(records)
     ]
