@@ -69,7 +69,7 @@ def go(slug: str, steps: int, out: Path, seed: int) -> list[dict[str, float]]:
     needs = asked(method)
     episodes = any("environment" in columns for columns in needs.columns.values())
     masked = any(reads_masked(recipe.source) for recipe in recipes_of(method).values())
-    model = partial(masked_model if masked else small, ALPHABET if episodes else TASK.alphabet)
+    model: Any = partial(masked_model if masked else small, ALPHABET if episodes else TASK.alphabet)
     run = fit(
         method,
         student=model(0),
