@@ -18,8 +18,8 @@ from fused.helpers import FOUR, assert_close, dense_logp, four, grads, heads
 from fused.test_named import FORMULAS
 from leibler.divergence import (
     AdaptiveKL,
-    BandKL,
     Alpha,
+    BandKL,
     CauchySchwarz,
     Divergence,
     Entropy,

@@ -214,7 +214,7 @@ def rlad(t: dict[str, Table], group_size: int = 4, alpha: float = 0.5, epochs: i
 
 def tcod(t: dict[str, Table], curriculum: str = "f2b", every: int = 5, start: int = 1, scale: float = 1.0) -> Tensor:
     main = t["main"]
-    # Every turn's tokens and no other: the environment writes digits and "=", the policy's turns end with its end token.
+    # Every turn's tokens and no other: the environment writes digits and "=", the policy's turns end with an end.
     logp = main.logp("policy")
     old = logp.detach()
     return -main.mean((logp - old).exp() * scale * (main.logp("teacher") - old))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -286,6 +285,14 @@ def test_adaptive_is_of_no_single_law():
     assert Mixture(a=source).needs_validation
     assert source.datasets() == {"train": "both"}
     assert Adaptive(Data("a"), OnPolicy(prompts="b")).datasets() == {"a": "labels", "b": "prompts"}
+
+
+def test_what_adaptive_draws_from_hears_of_validations():
+    source = Adaptive(Data(), Adaptive(Data(), OnPolicy()))
+    state = source.init()
+    for nll in (2.0, 3.0):
+        state = source.observe(state, Validation(1, {"nll": nll}))
+    assert state["phi"]["phi"] == state["rollouts"]["phi"]["phi"] == 0.1
 
 
 def test_phi_is_raised_when_validation_gets_worse_than_at_the_last_raise():

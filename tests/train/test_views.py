@@ -26,8 +26,8 @@ from leibler.objective import (
     concatenate,
 )
 from leibler.train import Data, OnPolicy, Recipe
-from leibler.train.guards import read_batch, write_batch
 from leibler.train.buffer import pack, unpack
+from leibler.train.guards import read_batch, write_batch
 from train.conformance import TEMPERATURE, Prepared, distance, gradient, ready
 
 
@@ -125,6 +125,18 @@ def test_the_metric_of_a_term_is_of_its_own_events():
     made = ready(Recipe(Data() >> Viewed(), Objective(kl)))
     _, step = gradient(made)
     assert step.metrics["divergence/ForwardKL(teacher)"] == pytest.approx(step.metrics["loss/ForwardKL(teacher)"])
+
+
+def test_controllers_hear_of_the_responses_that_a_term_is_about():
+    """The divergence per response of a term about some rows is that of the term on a batch of those rows alone."""
+    kl = Match(ForwardKL(), to=Teacher())
+    made, alone = (ready(Recipe(Data() >> Viewed(), Objective(t))) for t in (replace(kl, where="long"), kl))
+    keep = (alone.rows["main"].column("long") != 0).nonzero()[:, 0]
+    assert 0 < len(keep) < len(made.rows["main"])
+    (found,) = gradient(made, micro_rows=2)[1].own.values()
+    (wanted,) = gradient(alone, views={n: v.select(keep) for n, v in alone.views.items()})[1].own.values()
+    assert found == pytest.approx(wanted)
+    assert found["sequences"] == len(keep)
 
 
 def test_a_sampled_ratio_reads_the_view():

@@ -201,7 +201,13 @@ class _Stages:
         self.began = time.monotonic()
 
     def __call__(
-        self, name: str, what: str, recipe: Recipe | Pipeline, model: CausalLM, data: Mapping[str, Dataset], **options: Any
+        self,
+        name: str,
+        what: str,
+        recipe: Recipe | Pipeline,
+        model: CausalLM,
+        data: Mapping[str, Dataset],
+        **options: Any,
     ) -> CausalLM:
         from leibler.policy import CausalLM
 

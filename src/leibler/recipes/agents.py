@@ -15,8 +15,8 @@ def tcod(
     """TCOD: Exploring Temporal Curriculum in On-Policy Distillation for Multi-turn Autonomous Agents (2026): on-policy
     distillation on dialogues whose depth grows while the student learns.
 
-    The student plays; each token of its turns is reinforced by ``scale * (log teacher - log old)``. The loss is the mean
-    over these tokens, so it does not grow with the depth. The paper writes the divergence with the teacher first; the
+    The student plays; each token of its turns is reinforced by ``scale * (log teacher - log old)``. The loss is the
+    mean over these tokens, so it does not grow with the depth. The paper writes the divergence with the teacher first; the
     released code descends the reverse KL, token by token, and so does this.
 
     Args:
