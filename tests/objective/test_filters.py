@@ -19,6 +19,7 @@ def test_small_numbers_are_taken_for_none():
     value = torch.tensor([-2.0, -0.5, -0.4, 0.0, 0.4, 0.5, math.inf, math.nan])
     found = DeadZone(0.5)(NONE, value, "token")
     assert found[:7].tolist() == [-2.0, -0.5, 0.0, 0.0, 0.0, 0.5, math.inf]
+    assert found[7].isnan(), "for a guard to see"
     assert torch.equal(DeadZone(0.0)(NONE, value[:7], "token"), value[:7])
     for wrong in (-0.1, math.inf, math.nan):
         with pytest.raises(RecipeError, match="finite width"):
@@ -44,6 +45,15 @@ def test_numbers_per_response_and_what_does_not_fit():
         Reward() >> SameSign(Column("x", reach="token"))
     with pytest.raises(RecipeError, match=r"use Old\(\) in place of Policy\(\)"):
         LogRatio(Reference(), Reference()) >> SameSign(LogRatio(Policy(), Reference()))
+
+
+def test_signs_alone_are_compared():
+    """A product would underflow for the first, and be no number for the second; what is none already stays none."""
+    batch = rows([1] * 4, reward=torch.tensor([1e-30, 0.0, 1.0, math.nan]))
+    value = torch.tensor([1e-30, math.inf, math.nan, 1.0])
+    found = SameSign(Reward())(View(batch), value, "sequence")
+    assert found[:2].tolist() == [value[0].item(), 0.0]
+    assert found[2:].isnan().all()
 
 
 def test_what_it_reads_is_asked_for():

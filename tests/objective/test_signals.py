@@ -17,6 +17,7 @@ from leibler.objective import (
     BetaKernel,
     Clipped,
     Column,
+    Comparison,
     GroupAny,
     GroupNormalised,
     Importance,
@@ -25,7 +26,10 @@ from leibler.objective import (
     Linear,
     LogProb,
     LogRatio,
+    MatchHidden,
+    Model,
     Old,
+    PerViolation,
     Policy,
     Reference,
     Returns,
@@ -285,3 +289,24 @@ def test_a_beta_kernel_has_mean_one_over_even_pass_rates_and_its_peak_in_between
             assert float(rate[value.argmax()]) == pytest.approx(a / (a + b), abs=1e-3)
     with pytest.raises(RecipeError, match="exponents of at least 0"):
         BetaKernel(-1.0)
+
+
+def test_violations_are_counted_among_the_events_of_the_term():
+    share = Comparison("band", Model("reference"), 1)
+    batch = rows([2, 2], near=[[0, 1, 0, 0], [0, 0, 1, 0]])
+    near = batch.inside("near")[batch.mask]
+    assert near.sum() == 2
+    counted = torch.where(near, torch.tensor([0.5]), torch.tensor([0.1]))
+    seen = View(batch, {share: counted})
+    assert PerViolation(share, "near")(seen) == pytest.approx(2.0)
+    assert PerViolation(share)(seen) == pytest.approx(4 / 1.2)
+    assert MatchHidden(where="near").signals()[0] == PerViolation(Comparison("band", Reference(), 1), "near")
+
+
+def test_a_column_of_no_rows_is_of_any_kind():
+    """A process that got no row of a small batch cannot tell what the others' columns hold."""
+    none = rows([2]).select(torch.zeros(0, dtype=torch.long)).with_columns(weight=torch.zeros(0))
+    for reach in ("token", "sequence"):
+        assert Column("weight", reach=reach)(View(none)).shape == (0,)
+    with pytest.raises(RecipeError, match="holds one number per sequence"):
+        Column("weight", reach="token")(View(rows([2], weight=[1.0])))

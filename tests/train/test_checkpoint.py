@@ -158,9 +158,8 @@ def test_another_version_of_the_format_is_refused(tmp_path):
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     for version in (checkpoint.VERSION - 1, checkpoint.VERSION + 1):
         (path / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "version": version}))
-        with pytest.raises(
-            RunError, match=f"has the format {version}, and this version of leibler reads {checkpoint.VERSION}; go on with"
-        ):
+        told = f"has the format {version}, and this version of leibler reads {checkpoint.VERSION}; go on with"
+        with pytest.raises(RunError, match=told):
             checkpoint.latest(tmp_path)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from leibler.data import Dataset, Record
 from leibler.errors import ModelError
 from leibler.policy import character_tokenizer
 from leibler.train import EMA, Frozen, Snapshot, Trained, ValueHead
-from leibler.train.models import resolve
+from leibler.train.models import Measured, resolve
 from train.conformance import tiny
 
 
@@ -99,3 +100,13 @@ def test_how_they_move():
     with torch.no_grad():
         next(policy.parameters()).add_(1.0)
     assert not same(model, policy)
+
+
+def test_a_band_is_measured_without_dropout_and_the_model_goes_on_as_it_was():
+    policy = tiny(0)
+    seen: list[bool] = []
+    policy.register_forward_hook(lambda module, given, out: seen.append(module.training))
+    policy.train()
+    Measured("train").measure(policy, Dataset((Record("1+2=", completion="3"),) * 3, "three"), rows=2)
+    assert seen == [False, False]
+    assert policy.training

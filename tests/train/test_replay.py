@@ -174,6 +174,10 @@ def rewards(rows: Rows) -> list[float]:
     return [float(rows.columns["reward"][rows.group_index == g][0]) for g in range(rows.groups)]
 
 
+def reward(rows: Rows) -> list[float]:
+    return rows.columns["reward"].tolist()
+
+
 def passes(source: Fixed, draws: int, **more: Any) -> tuple[list[Rows], Any]:
     state, out = source.init(), []
     for draw in range(draws):
@@ -261,6 +265,10 @@ def test_two_processes_hold_one_fixed_set_and_share_each_draw(rows_a_draw):
             shares[rank].append(rows["main"])
     for alone, *parts in zip(whole, *shares, strict=True):
         assert sorted(rewards(alone)) == sorted(r for part in parts for r in rewards(part))
+        # Optimiser batches are cut by these numbers, so they may not depend on how many processes there are.
+        numbered = {int(g) * 2 + rank: r for rank, part in enumerate(parts) for g, r in zip(part.group, reward(part))}
+        assert numbered == dict(zip(alone.group.tolist(), reward(alone), strict=True))
+        assert set(numbered) == set(range(alone.groups))
         assert max(p.groups for p in parts) - min(p.groups for p in parts) <= 1
 
 

@@ -35,7 +35,7 @@ class DeadZone(Shaper):
             raise RecipeError(f"DeadZone({self.width}) must have a finite width of at least 0.")
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        return torch.where(value.abs() >= self.width, value, torch.zeros_like(value))
+        return torch.where(value.abs() < self.width, torch.zeros_like(value), value)  # NaN stays, for a guard to see
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,7 @@ class SameSign(Shaper):
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         other = view.signal(self.of, reach="token" if reach == "token" else "sequence")
-        return torch.where(value * other > 0, value, torch.zeros_like(value))
+        # Of signs: a product may underflow, or be NaN at inf times 0.
+        kept = torch.where(value.sign() * other.sign() > 0, value, torch.zeros_like(value))
+        nan = value.isnan() | other.isnan()
+        return torch.where(nan, torch.nan, kept)  # for a guard to see

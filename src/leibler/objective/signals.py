@@ -207,7 +207,8 @@ class Column(Signal):
 
     def __call__(self, view: View) -> Tensor:
         level = "token" if view.rows.column(self.name).ndim == 2 else "sequence"
-        if (level == "token") != (self.reach == "token"):
+        # Without rows, as in a process that got none of a small batch, a column has no kind.
+        if len(view.rows) and (level == "token") != (self.reach == "token"):
             raise RecipeError(
                 f"the column {self.name!r} holds one number per {level}; say Column(..., reach={level!r})."
             )
@@ -242,10 +243,11 @@ class LogRatio(Signal):
 class PerViolation(Signal):
     """``1 / share`` for the mean of a share over the draw: turns a mean over all entries into one over those counted.
 
-    0 where nothing is counted: there is nothing to weigh.
+    0 where nothing is counted: there is nothing to weigh. ``where`` is the term's.
     """
 
     share: Comparison
+    where: str | None = None
     reach: ClassVar[Reach] = "batch"  # type: ignore[misc]
 
     def needs(self) -> tuple[Need, ...]:
@@ -253,6 +255,7 @@ class PerViolation(Signal):
 
     def __call__(self, view: View) -> Tensor:
         share = view.get(self.share)
+        share = share if self.where is None else share[view.inside(self.where)]
         counted, of = view.total(share), view.total(torch.ones_like(share))
         return torch.where(counted > 0, of / counted.clamp_min(1e-12), torch.zeros_like(counted))
 

@@ -287,7 +287,7 @@ class MatchHidden(Term):
 
     @property
     def _per(self) -> tuple[Signal, ...]:
-        return (PerViolation(Comparison(self.band, self.to, 1)),) if self.per == "violation" else ()
+        return (PerViolation(Comparison(self.band, self.to, 1), self.where),) if self.per == "violation" else ()
 
     def loss(self, view: View) -> Units:
         weight = self._weights(view)

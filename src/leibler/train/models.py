@@ -127,11 +127,12 @@ class Measured(ModelRule):
 
     @property
     def moves(self) -> bool:
-        return True  # in the checkpoint, so that a resumed run need not measure again
+        return True  # in the checkpoint: what a run goes on with does not hang on measuring the same again
 
     def measure(self, model: CausalLM, data: Dataset, rows: int = 16) -> ActivationBand:
         """The band of a model's hidden states, which predict the tokens of every completion."""
         from leibler.policy import right_pad
+        from leibler.policy.model import evaluating
 
         def states() -> Iterator[torch.Tensor]:
             for start in range(0, len(data), rows):
@@ -140,7 +141,7 @@ class Measured(ModelRule):
                 tokens, attention, mask = (x.to(model.device) for x in right_pad(pairs))
                 yield model(tokens, attention)[:, :-1][mask]
 
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             return ActivationBand.of(states(), self.sigmas).to(model.device)
 
 

@@ -161,7 +161,10 @@ class Fixed(Source):
             # This process's share is counted over the whole draw, on whichever side of the epoch's end a group lies.
             skipped = epoch * count + first - position
             mine = chosen[(context.rank - skipped) % context.world :: context.world]
-            parts.append(unpack(held, torch.isin(group, mine).nonzero()[:, 0]))
+            part = unpack(held, torch.isin(group, mine).nonzero()[:, 0])
+            # Numbered in the order of the draw, so that optimiser batches are those of one process.
+            number = torch.zeros(count, dtype=torch.long).index_put((mine,), torch.arange(len(mine)))
+            parts.append(replace(part, group=number[part.group]))
         rows = parts[0] if len(parts) == 1 else concatenate(parts)
         return {name: rows}, {**state, "position": position + wanted}
 
@@ -186,9 +189,7 @@ class Fixed(Source):
                 context.say(f"before the first step: {have:,} of {total:,} responses, {left:,.0f} seconds left")
         kept = [part for part in parts if part is not None]
         if not kept:
-            raise RunError(
-                "nothing is left of what was drawn before the first step; look at what the stages keep."
-            )
+            raise RunError("nothing is left of what was drawn before the first step; look at what the stages keep.")
         return {"source": inner, "set": pack(concatenate(kept)), "position": 0}
 
     def _wanted(self, context: Context) -> int:

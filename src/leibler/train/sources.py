@@ -531,7 +531,12 @@ class Adaptive(Source):
         return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": None}
 
     def observe(self, state: State, event: Validation) -> State:
-        return {**state, "phi": self.phi.observe(state["phi"], event)}
+        inner = {name: source.observe(state[name], event) for name, source in self._sources.items()}
+        return {**state, **inner, "phi": self.phi.observe(state["phi"], event)}
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        return {"data": self.data, "rollouts": self.rollouts}
 
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
         from leibler.policy.randomness import generator

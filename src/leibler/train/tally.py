@@ -68,10 +68,13 @@ class Tally:
         for term in plan.terms:
             for key, value in term.measures(view).items():
                 name = self.names[id(term)]
-                value = value if term.where is None else value[view.inside(term.where)]
+                rows = len(view.rows)
+                if term.where is not None:
+                    inside = view.inside(term.where)
+                    value, rows = value[inside], len(view.row[inside].unique())
                 self.put(f"{key}/{name}", finite(value).sum())
                 self.put(f"events/{name}", torch.tensor(float(value.shape[0])))
-                self.put(f"sequences/{name}", torch.tensor(float(len(view.rows))))
+                self.put(f"sequences/{name}", torch.tensor(float(rows)))
 
     def aligned(self, plan: StreamPlan, targets: list[TargetRows | OtherVocabulary]) -> None:
         """How many positions a model of another tokenizer shares with the policy, and of how many."""
