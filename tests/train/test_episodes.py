@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from environment.made import Sums
+from leibler.cache import write
 from leibler.data import Dataset, Record, load
 from leibler.environment import Outcome, TextWorld
 from leibler.errors import DataError, ModelError, RecipeError, RunError
+from leibler.measure import evaluate
 from leibler.objective import Linear, Rows, Staircase
 from leibler.policy import character_tokenizer, logprobs, sample, tiny_llama
 from leibler.policy.randomness import uniforms
-from leibler.train import Context, Data, Demonstrated, Episodes, fit
+from leibler.train import Answer, Context, Data, Demonstrated, Episodes, fit
+from leibler.train.validation import validate
 from train.conformance import TEMPERATURE, tiny
 from train.running import StopAt, Stopped, written
 
@@ -330,6 +333,56 @@ def test_a_demonstration_is_learnt_as_one_dialogue(policy):
     whole = [*encode("5="), *encode("9"), eos, *encode("1="), *encode("22"), eos, *encode("3="), *encode("4"), eos]
     assert rows.tokens[0].tolist() == whole
     assert rows.mask[0].int().tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+
+
+def test_validation_and_teacher_caches_read_the_whole_dialogue(policy, tmp_path):
+    """And count the player's own tokens only."""
+    data = Dataset(
+        (Record("5=", completion="9", extra={"turns": [["1=", "22"], ["3=", "4"]]}), Record("7=", completion="01")),
+        "told",
+    )
+    rows = drawn(Data(), context(policy, data, rows=2))
+    expected = -logprobs(policy, rows.tokens, rows.attention, rows.mask).double().mean()
+    found = validate({"policy": policy}, data, temperature=1.0, max_new_tokens=2)
+    assert found["nll"] == pytest.approx(float(expected.detach()), rel=1e-6)
+    cache = write(policy, data, tmp_path / "cache", top_k=3)
+    cache.check_data(data, policy)
+    own = logprobs(policy, rows.tokens, rows.attention, rows.mask).detach()
+    assert torch.allclose(cache.logp(rows).to(own.dtype), own, atol=1e-5)
+
+
+def test_what_is_played_has_no_answers_to_check(policy):
+    data = load("env:textworld:n=3")
+    for call in (lambda: evaluate(policy, data), lambda: Answer().bind(context(policy, data))):
+        with pytest.raises(DataError, match=r"env:textworld.* is played in turns .*`leibler measure success`"):
+            call()
+
+
+class Refusing(Sums):
+    """Fails at the second task, and counts what was opened and closed."""
+
+    opened = closed = 0
+
+    def session(self) -> Any:
+        Refusing.opened += 1
+        session = super().session()
+
+        def reset(task: str) -> str:
+            if task == "1":
+                raise ValueError("no such task")
+            return type(session).reset(session, task)
+
+        def close() -> None:
+            Refusing.closed += 1
+
+        session.reset, session.close = reset, close
+        return session
+
+
+def test_every_session_is_closed_when_one_fails(policy):
+    with pytest.raises(RunError, match="no such task"):
+        drawn(Episodes(Refusing()), context(policy))
+    assert Refusing.opened == Refusing.closed > 0
 
 
 @pytest.mark.parametrize("turns", ["1=", [["1="]], [[1, 2]], [["1=", "2", "3"]]])

@@ -135,7 +135,7 @@ def test_a_mistake_of_the_user_is_no_failed_reward():
 def test_data_that_cannot_be_checked():
     around: Any = Around(None)
     for stage in (Score(Answer()), WinRate(AnswerJudge())):
-        with pytest.raises(DataError, match="has nothing to check a response against; add the column 'answer'"):
+        with pytest.raises(DataError, match="has no checker; give every record an 'answer'"):
             stage(rows([0, 0]), around)
 
 

@@ -160,6 +160,10 @@ def test_mistakes_are_told():
     bare = replace(context(model), data={"train": Dataset((Record("1="),), "made")})
     with pytest.raises(DataError, match="has no completion to hint at"):
         Trajectories().draw(bare, Trajectories().init())
+    turned = Record("1=", completion="2", source="file:3", extra={"turns": [["3=", "4"]]})
+    dialogue = replace(context(model), data={"train": Dataset((turned,), "made")})
+    with pytest.raises(DataError, match="file:3 is a dialogue; a masked language model fills in one response"):
+        Trajectories(hint=HINT).draw(dialogue, Trajectories().init())
     _, state = drawn(Trajectories(hint=HINT), context(model))
     with pytest.raises(RecipeError, match=r"trajectories of 5 positions for 4 records, not 6 for 4"):
         Trajectories(hint=HINT).draw(context(model, max_new_tokens=6), state)

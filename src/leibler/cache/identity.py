@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from leibler.environment.dialogue import encode_record
+
 if TYPE_CHECKING:
     from leibler.data import Record
     from leibler.policy import CausalLM
@@ -53,9 +55,11 @@ def sequence_key(tokens: np.ndarray | Sequence[int]) -> tuple[int, int]:
 
 
 def sequences(record: Record, encoder: CausalLM) -> Iterator[tuple[list[int], int]]:
-    """The token sequences that a record says, each with the place where its completion begins."""
-    prompt: list[int] | None = None
-    for text in (record.completion, record.chosen, record.rejected):
-        if text is not None:
-            prompt = encoder.encode_prompt(record.prompt) if prompt is None else prompt
-            yield [*prompt, *encoder.encode_completion(text)], len(prompt)
+    """The token sequences that a record says, each with the place where its completion begins.
+
+    A dialogue is one sequence: what stands between the player's turns is read too.
+    """
+    texts = [None] * (record.completion is not None) + [t for t in (record.chosen, record.rejected) if t is not None]
+    for text in texts:
+        prompt, tokens, _ = encode_record(encoder, record, text)
+        yield [*prompt, *tokens], len(prompt)

@@ -144,6 +144,17 @@ class Dataset:
             return "preferences"
         return "completions" if all(r.completion is not None for r in self.records) else "prompts"
 
+    def checker(self) -> Checker:
+        """What says how right a response is; raises `DataError` where there is nothing to check against."""
+        if self.check is not None:
+            return self.check
+        if self.records and all("environment" in r.extra for r in self.records):
+            raise DataError(
+                f"{self.name} is played in turns and has no answers to check; measure it with `leibler measure "
+                "success`, and let a recipe with episodes play it, such as tcod."
+            )
+        raise DataError(f"{self.name} has no checker; give every record an 'answer', or use task:NAME.")
+
     @property
     def set_aside_count(self) -> int:
         return sum(self.set_aside_summary.values())

@@ -62,6 +62,21 @@ def encode_text(model: CausalLM, text: str) -> list[int]:
     return list(model.tokenizer.encode(text, add_special_tokens=False))
 
 
+def encode_record(
+    model: CausalLM, record: Record, text: str | None = None
+) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """A record's prompt and its completion with all later turns, and where those stand that the player did not write.
+
+    Args:
+        model: whose tokens.
+        record: what is encoded.
+        text: a response that stands by itself, such as the chosen one; the completion where none is given.
+    """
+    prompt = model.encode_prompt(record.prompt)
+    turns = later_turns(record) if text is None else []
+    return prompt, *encode_turns(model, record.completion or "" if text is None else text, turns, len(prompt))
+
+
 def encode_turns(
     model: CausalLM, completion: str, turns: Sequence[tuple[str, str]], at: int
 ) -> tuple[list[int], list[tuple[int, int]]]:

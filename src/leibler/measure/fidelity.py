@@ -106,9 +106,7 @@ def of_models(
         >>> found.agreement, found.gain == found.accuracy - found.base_accuracy
         (1.0, True)
     """
-    check = dataset.check
-    if check is None:
-        raise DataError(f"{dataset.name} has no checker; give every record an 'answer', or use task:NAME.")
+    check = dataset.checker()
     right = "(right)"
     answers = []
     for model in (student, base, teacher):

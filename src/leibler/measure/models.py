@@ -167,9 +167,7 @@ def evaluate(
         >>> found["questions"], found["pass@1"] <= found["pass@2"]
         (4, True)
     """
-    check = dataset.check
-    if check is None:
-        raise DataError(f"{dataset.name} has no checker; give every record an 'answer', or use task:NAME.")
+    check = dataset.checker()
     if not len(dataset):
         raise DataError(f"{dataset.name} is empty; give at least one record.")
     if n_samples and temperature <= 0:

@@ -123,9 +123,7 @@ def pass_rates(
         >>> len(pass_rates(model, task.dataset(3), samples=2, max_new_tokens=2))
         3
     """
-    check = dataset.check
-    if check is None:
-        raise DataError(f"{dataset.name} has no checker; give every record an 'answer', or use task:NAME.")
+    check = dataset.checker()
     if samples < 1:
         raise DataError(f"a pass rate cannot be told from {samples} samples; draw at least one.")
     numbers = uniforms(seed, "pass-rate", 0, rows=len(dataset) * samples, n=max_new_tokens)

@@ -30,12 +30,7 @@ class Answer:
     data: str = "train"
 
     def bind(self, context: Context) -> Reward:
-        dataset = context.dataset(self.data)
-        check = dataset.check
-        if check is None:
-            raise DataError(
-                f"{dataset.name} has nothing to check a response against; add the column 'answer' or give a reward."
-            )
+        check = context.dataset(self.data).checker()
         return lambda records, texts: [float(check(r, t)) for r, t in zip(records, texts, strict=True)]
 
 

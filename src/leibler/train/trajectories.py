@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from leibler.environment.dialogue import later_turns
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import SAMPLE, Rows
 from leibler.objective.targets import Handle
@@ -129,9 +130,11 @@ class Trajectories(Source):
         return {"main": rows.with_columns(**columns).with_view("privileged", hinted)}, state
 
     def _privileged(self, record: Record, context: Context) -> list[int]:
-        answer = record.completion
+        answer, where = record.completion, record.source or "a record"
         if answer is None:
-            raise DataError(f"{record.source or 'a record'} has no completion to hint at; add the column.")
+            raise DataError(f"{where} has no completion to hint at; add the column.")
+        if later_turns(record):
+            raise DataError(f"{where} is a dialogue; a masked language model fills in one response after a prompt.")
         parts = {"{answer}": answer, "{prompt}": record.prompt}
         # At once: a text may hold the other's placeholder.
         return context.policy.encode_prompt(re.sub(r"\{answer\}|\{prompt\}", lambda m: parts[m.group()], self.hint))

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from leibler.divergence import Entropy, ForwardKL, ReverseKL, SampledLogProb
+from leibler.environment.dialogue import encode_record
 from leibler.fused import TargetRows, Want, functionals
+from leibler.objective.rows import Rows
 from leibler.train.aligned import event_states
 from leibler.train.masking import validate_masked
+from leibler.train.sources import silenced
 
 if TYPE_CHECKING:
     from leibler.data import Dataset
@@ -32,6 +35,8 @@ def validate(
 ) -> dict[str, float]:
     """Mean ``nll`` and ``entropy`` on completions, both KLs to the teacher if there is one, greedy ``accuracy``.
 
+    Of a dialogue, all turns are read, and what stands between them does not count.
+
     Of a masked language model: `validate_masked`.
 
     Args:
@@ -51,15 +56,19 @@ def validate(
         if policy.masked:
             given = {"temperature": temperature, "max_new_tokens": max_new_tokens, "limit": limit}
             return validate_masked(cast("MaskedLM", policy), data, **given)
-        pairs = [
-            (policy.encode_prompt(r.prompt), policy.encode_completion(text))
+        read = [
+            encode_record(policy, r, None if r.completion is not None else r.chosen)
             for r in records
-            if (text := r.completion if r.completion is not None else r.chosen) is not None
+            if r.completion is not None or r.chosen is not None
         ]
         sums: dict[str, float] = {}
         events = shared = 0
-        for start in range(0, len(pairs), 32):
-            rows = tokens, attention, mask = [x.to(policy.device) for x in right_pad(pairs[start : start + 32])]
+        for start in range(0, len(read), 32):
+            part = read[start : start + 32]
+            number = torch.arange(len(part))
+            padded = Rows(*right_pad([(prompt, answer) for prompt, answer, _ in part]), number, number)
+            held = silenced(padded, [silent for _, _, silent in part]).to(policy.device)
+            rows = tokens, attention, mask = [held.tokens, held.attention, held.mask]
             wants = [Want(SampledLogProb()), Want(Entropy())]
             head = policy.linear(policy(tokens, attention)[:, :-1][mask], temperature)
             names, targets, here = ["nll", "entropy"], [], int(mask.sum())
