@@ -312,14 +312,17 @@ def test_installed_packages_bring_environments(monkeypatch):
     points = [
         EntryPoint("sums", "environment.made:Sums", registry.GROUP),
         EntryPoint("broken", "nowhere:X", registry.GROUP),
+        EntryPoint("bare", "leibler.environment:GymnasiumText", registry.GROUP),
     ]
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == registry.GROUP else [])
-    assert set(environments()) == {"textworld", "sums", "broken"}
+    assert set(environments()) == {"textworld", "sums", "broken", "bare"}
     assert get("env:sums:length=2") == Sums(2)
     data = load("env:sums:length=2,n=3")
     assert data[0].prompt == data[0].extra["task"] + "="
     with pytest.raises(DataError, match="'broken' of nowhere:X cannot be imported"):
         load("env:broken")
+    with pytest.raises(DataError, match="'env:bare' cannot be made from text: 'make' has no default; give it one"):
+        load("env:bare")
 
 
 @dataclass(frozen=True)

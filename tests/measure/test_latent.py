@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leibler.data import Record, load
+from leibler.data import Dataset, Record, load
 from leibler.errors import DataError
 from leibler.measure.latent import (
     effective_compression,
@@ -98,6 +99,10 @@ def test_a_model_is_measured_by_what_the_data_says():
     assert found["compression"] == pytest.approx(5 / found["thoughts"])
     assert 1 <= found["paths"] <= 2
     assert 0 <= found["accuracy"] <= 1
+    half = replace(load(rows), check=lambda record, text: 0.5)
+    assert evaluate_latent(model, half, **options)["accuracy"] == 0.0  # right is what the checker gives 1
+    with pytest.raises(DataError, match="none is empty"):
+        evaluate_latent(model, Dataset((), "none"), **options)
     plain = evaluate_latent(model, load([Record("1=")]), **options)
     assert set(plain) == {"questions", "thoughts", "closed"}
     with pytest.raises(DataError, match="alternative solutions"):

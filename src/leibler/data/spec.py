@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from leibler.data.corpus import stdlib
@@ -67,7 +67,11 @@ def configured(spec: str, **more: type) -> tuple[Callable[..., Any], dict[str, A
         DataError: an unknown name or knob, or a value that does not fit.
     """
     made, text = _named(spec)
-    return made, _values(spec, text, knobs(made) | more)
+    values = _values(spec, text, knobs(made) | more)
+    for field in fields(made) if is_dataclass(made) else ():
+        if field.init and field.default is MISSING and field.default_factory is MISSING:
+            raise DataError(f"{spec!r} cannot be made from text: {field.name!r} has no default; give it one.")
+    return made, values
 
 
 def _named(spec: str) -> tuple[Callable[..., Any], str]:
@@ -92,8 +96,9 @@ def _known(family: str) -> tuple[Mapping[str, Callable[..., Any]], str, str]:
 
 
 def knobs(made: Any) -> dict[str, type]:
-    """The knobs of a task or an environment, with their types."""
-    return {f.name: type(f.default) for f in fields(made)} if is_dataclass(made) else {}
+    """The knobs of a task or an environment, with their types: fields whose default can be written as text."""
+    found = fields(made) if is_dataclass(made) else ()
+    return {f.name: type(f.default) for f in found if f.init and isinstance(f.default, (bool, int, float, str))}
 
 
 def _values(spec: str, text: str, kinds: dict[str, type]) -> dict[str, Any]:

@@ -178,8 +178,13 @@ def evaluate_latent(
     Returns:
         ``questions``, ``thoughts`` (mean number), ``closed`` (the share that stopped thinking by itself), and
         ``accuracy``, ``compression``, ``paths``, ``paths/random``, ``paths/ratio`` where they can be measured.
+
+    Raises:
+        DataError: there is no question, or the column ``paths`` does not hold lists of texts.
     """
-    right, explicit, steps, found = 0.0, [], [], []
+    if not len(dataset):
+        raise DataError(f"{dataset.name} is empty; give at least one question.")
+    right, explicit, steps, found = 0, [], [], []
     closed = 0
     matrix = embedding_rows(model).detach()
     for start in range(0, len(dataset), batch_size):
@@ -194,7 +199,7 @@ def evaluate_latent(
             count = int(out.steps[row])
             steps.append(count)
             if dataset.check is not None:
-                right += dataset.check(record, model.decode(tokens))
+                right += dataset.check(record, model.decode(tokens)) >= 1.0
             if isinstance(record.get("reasoning"), str):
                 explicit.append((len(_encoded(model, record.get("reasoning"))), count))
             if record.get("paths") and count:
