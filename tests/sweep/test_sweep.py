@@ -18,6 +18,7 @@ from leibler.errors import RunError
 from leibler.policy import character_tokenizer, tiny_llama
 from leibler.sweep import Settings, run_sweep
 from leibler.sweep import run as runs
+from leibler.sweep.provide import prepare
 from leibler.sweep.settings import Setup, read_json
 from leibler.sweep.worker import work
 
@@ -301,3 +302,16 @@ def test_learning_rates_that_are_none_are_named(rates, tmp_path):
 
     with pytest.raises(RunError, match="--learning-rates"):
         sweep_command(["sft", f"out={tmp_path}"], None, None, None, None, rates)
+
+
+def test_a_reference_of_ones_own_is_not_replaced_by_the_student(given, tmp_path):
+    for models in ({}, {"reference": given["teacher"]}):
+        setup = prepare(tmp_path / str(len(models)), settings(given, models=models), lambda sentence: None)
+        assert setup.models["reference"] == models.get("reference", given["student"])
+
+
+def test_learning_rates_are_not_chosen_on_problems_that_were_trained_on(given, tmp_path):
+    made = {"data": {"train": "task:addition:digits=1,n=40"}, "validation": "task:addition:digits=1,n=40,seed=1"}
+    prepare(tmp_path / "one", settings(given, **made), lambda sentence: None)
+    with pytest.raises(RunError, match="that no run is trained on"):
+        prepare(tmp_path / "more", settings(given, **made, learning_rates=(1e-3, 1e-4)), lambda sentence: None)

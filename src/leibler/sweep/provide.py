@@ -133,6 +133,11 @@ def _own(folder: Path, settings: Settings) -> Setup:
     held_out = settings.validation and absolute(settings.validation)
     if not held_out and made:
         raise RunError(f"{data[LEARNT]} is made and not split; give what is measured on too: validation=task:...")
+    if made and settings.learning_rates:
+        raise RunError(
+            f"learning rates are chosen on problems that no run is trained on, and {data[LEARNT]} is made and not "
+            "split; give the data as a file, or one learning_rate=."
+        )
     if not held_out:
         rest, kept = rest.split(0.1, seed=0)
         held_out = str(folder / "held_out.jsonl")
@@ -143,11 +148,11 @@ def _own(folder: Path, settings: Settings) -> Setup:
         data[LEARNT] = str(folder / "train.jsonl")
         write_records(folder / "train.jsonl", rest)
     assert settings.student is not None
-    models = {"teacher": settings.teacher, **settings.models}
+    models = {"reference": settings.student, "teacher": settings.teacher, **settings.models}
     return _measured_out(
         Setup(
             student=absolute(settings.student),
-            models={**{n: absolute(m) for n, m in models.items()}, "reference": absolute(settings.student)},
+            models={name: absolute(model) for name, model in models.items()},
             data=data,
             held_out=held_out,
             tuning=str(folder / "tuning.jsonl"),
