@@ -39,7 +39,8 @@ from leibler.objective import (
     View,
     Whitened,
 )
-from leibler.objective.signals import SequenceCredit, rollout_parts
+from leibler.objective.advantages import SequenceCredit
+from leibler.objective.signals import rollout_parts
 from objective.made import nested, rows, view
 
 LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(lambda x: sum(x) > 0)

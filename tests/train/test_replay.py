@@ -217,13 +217,19 @@ def test_a_draw_may_lie_across_the_end_of_a_pass():
 
 
 def test_the_size_of_a_fixed_set():
-    def size(**options: Any) -> int:
-        return len(passes(Fixed(Counting(groups=2), **options), 1)[1]["set"]["group"])
+    @dataclass(frozen=True)
+    class Few(Counting):
+        rows: int = 2
+
+    def size(source: Source = Counting(groups=2), **options: Any) -> int:
+        return len(passes(Fixed(source >> (lambda rows, _: rows), **options), 1)[1]["set"]["group"])
 
     assert size(rows=9) == 12, "whole draws of four"
     assert size() == 24, "six steps of four rows"
     assert size(epochs=3) == 8
     assert size(epochs=100) == 4
+    assert size(source=Few(groups=2)) == 12, "six steps of the two rows that the source is for"
+    assert len(passes(Fixed(Few(groups=2)), 1)[0][0]) == 2
     ten = Dataset(tuple(Record(str(i)) for i in range(3)), "three")
 
     @dataclass(frozen=True)
@@ -285,6 +291,8 @@ def test_a_long_wait_before_the_first_step_is_told(monkeypatch):
 def test_what_a_fixed_set_cannot_be():
     with pytest.raises(RecipeError, match="one stream; put it inside the Mixture"):
         Fixed(Mixture(a=Data(), b=OnPolicy()))
+    with pytest.raises(RecipeError, match="is fixed already"):
+        Fixed(Fixed(Data()))
     for wrong in ({"rows": 0}, {"epochs": 0}):
         with pytest.raises(RecipeError, match="of Fixed must be at least 1"):
             Fixed(Data(), **wrong)

@@ -1,6 +1,6 @@
 """Objectives: sums of terms over needs, signals and targets. Pure functions of tensors."""
 
-from leibler.objective.advantages import GAE, Returns
+from leibler.objective.advantages import GAE, InReward, Returns, ToGo
 from leibler.objective.coupled import Coupled
 from leibler.objective.filters import DeadZone, SameSign
 from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
@@ -25,7 +25,6 @@ from leibler.objective.signals import (
     GroupAny,
     GroupNormalised,
     Importance,
-    InReward,
     LeaveOneOut,
     LogRatio,
     PerViolation,
@@ -33,7 +32,6 @@ from leibler.objective.signals import (
     Shaper,
     Signal,
     StepEnd,
-    ToGo,
     Validation,
     Whitened,
 )

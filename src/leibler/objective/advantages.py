@@ -1,15 +1,122 @@
-"""Advantages that lean on a critic."""
+"""Numbers along a response: what is still to come at each event, and advantages that lean on a critic."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from leibler.objective.needs import Need, Output
+from leibler.divergence import Divergence
+from leibler.estimate.credit import coefficients
+from leibler.objective.needs import LogProb, Need, Output, sampled, sampled_needs
 from leibler.objective.rows import View
-from leibler.objective.signals import Reach, Shaper, Signal, paid_at_end
+from leibler.objective.signals import Reach, Shaper, Signal, rows_only
+from leibler.objective.targets import Handle, Target
+
+
+@dataclass(frozen=True)
+class ToGo(Shaper):
+    """Sum from ``start`` events later to the end of the row: ``R_t = sum_{t' >= t + start} r_t'``.
+
+    ``per="remaining"`` divides by the number of summands (MiniLLM's length normalisation). A number per row is taken
+    as paid at the last event.
+    """
+
+    start: int = 0
+    per: Literal["remaining"] | None = None
+
+    def reach_after(self, reach: Reach) -> Reach:
+        return "token"
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        dense = view.dense(paid_at_end(view, value, reach))
+        mask = view.rows.mask
+        total = _reverse_cumulative(dense)
+        count = _reverse_cumulative(mask.to(dense.dtype))
+        if self.start:
+            # Events of a row are contiguous per turn; shift within the flat order of each row.
+            total, count = _shift(total, mask, self.start), _shift(count, mask, self.start)
+        if self.per == "remaining":
+            total = total / count.clamp_min(1)
+        return total[mask]
+
+
+@dataclass(frozen=True)
+class SequenceCredit(Shaper):
+    """What multiplies ``grad log p`` of each event in the gradient of a divergence of responses, from its log-ratios.
+
+    See `leibler.estimate.credit`: ``to_go`` adds the divergence of the contexts that an event leads to, ``sequence`` is
+    ``f'`` of the whole response's ratio.
+    """
+
+    divergence: Divergence
+    credit: Literal["to_go", "sequence"]
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        return coefficients(self.divergence, value, self.credit, sequence=view.rows.row).to(value.dtype)
+
+
+def _reverse_cumulative(x: Tensor) -> Tensor:
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def _shift(x: Tensor, mask: Tensor, by: int) -> Tensor:
+    """Each event takes the number of the event ``by`` places later in its row, 0 past the end."""
+    flat, row = x[mask], mask.nonzero()[:, 0]
+    moved = torch.zeros_like(flat)
+    if len(flat) > by:
+        same = row[by:] == row[:-by]
+        moved[:-by] = torch.where(same, flat[by:], torch.zeros_like(flat[by:]))
+    return torch.zeros_like(x).masked_scatter(mask, moved)
+
+
+def paid_at_end(view: View, value: Tensor, reach: Reach) -> Tensor:
+    """Numbers per row as numbers per event, paid at each row's last event; numbers per event pass."""
+    if reach == "token":
+        return value
+    rows = view.rows
+    rows_only("a reward", reach)
+    last = torch.ones_like(rows.row, dtype=torch.bool)
+    last[:-1] = rows.row[1:] != rows.row[:-1]
+    out = torch.zeros(rows.row.shape, dtype=value.dtype, device=value.device)
+    out[last] = value[rows.row[last]]
+    return out
+
+
+@dataclass(frozen=True)
+class InReward(Shaper):
+    """Adds ``-coefficient * log(old / target)`` to the reward at each event: the KL penalty inside the reward.
+
+    The k1 estimator inside the reward, with returns to go after it, has the exact gradient of the sequence's reverse
+    KL. Its place in the chain, before or after a normalisation, changes what is optimised. Source: Fine-Tuning
+    Language Models from Human Preferences (2019).
+    """
+
+    to: Target
+    coefficient: Signal | float
+    of: Handle = field(default_factory=lambda: Handle("old"))
+
+    def needs(self) -> tuple[Need, ...]:
+        return (LogProb(self.of), *sampled_needs(self.to))
+
+    def parts(self) -> tuple[Signal, ...]:
+        return (self.coefficient,) if isinstance(self.coefficient, Signal) else ()
+
+    def reach_after(self, reach: Reach) -> Reach:
+        return "token"
+
+    def _ratio(self, view: View) -> Tensor:
+        return view.get(LogProb(self.of)) - sampled(self.to, view.get)
+
+    def measures(self, view: View) -> dict[str, float]:
+        per_row = view.sum_rows(self._ratio(view))
+        return {"divergence_per_sequence": float(per_row.mean()), "sequences": float(len(per_row))}
+
+    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
+        ratio = self._ratio(view)
+        return paid_at_end(view, value, reach) - view._signal(self.coefficient) * ratio
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leibler.divergence import Divergence
 from leibler.errors import RecipeError
-from leibler.estimate.credit import coefficients
 from leibler.objective.needs import Comparison, LogProb, Need, sampled, sampled_needs
 from leibler.objective.rows import View, group_mean, group_spread, group_sum
-from leibler.objective.targets import Behaviour, Handle, Policy, Target
+from leibler.objective.targets import Behaviour, Policy, Target
 
 Reach = Literal["token", "sequence", "group", "batch"]
 Clock = Literal["rollout", "step", "previous"]
@@ -73,29 +71,29 @@ class Signal:
         return state
 
     def __add__(self, other: Signal | float) -> Signal:
-        return _Combined(self, other, "+")
+        return Combined(self, other, "+")
 
     def __radd__(self, other: float) -> Signal:
-        return _Combined(self, other, "+")
+        return Combined(self, other, "+")
 
     def __mul__(self, other: Signal | float) -> Signal:
-        return _Combined(self, other, "*")
+        return Combined(self, other, "*")
 
     def __rmul__(self, other: float) -> Signal:
-        return _Combined(self, other, "*")
+        return Combined(self, other, "*")
 
     def __sub__(self, other: Signal | float) -> Signal:
-        return _Combined(self, other, "-")
+        return Combined(self, other, "-")
 
     def __rsub__(self, other: float) -> Signal:
-        return _Combined(-self, other, "+")
+        return Combined(-self, other, "+")
 
     def __neg__(self) -> Signal:
-        return _Combined(self, -1.0, "*")
+        return Combined(self, -1.0, "*")
 
     def __invert__(self) -> Signal:
         """The complement of a gate: ``1 - gate``."""
-        return _Combined(_Combined(self, -1.0, "*"), 1.0, "+")
+        return Combined(Combined(self, -1.0, "*"), 1.0, "+")
 
     def __rshift__(self, shaper: Shaper) -> Signal:
         return Chain(self, shaper)
@@ -170,7 +168,9 @@ class Chain(Signal):
 
 
 @dataclass(frozen=True)
-class _Combined(Signal):
+class Combined(Signal):
+    """What ``+``, ``-`` and ``*`` make of two signals, or of a signal and a number."""
+
     left: Signal
     right: Signal | float
     operation: Literal["+", "-", "*"]
@@ -289,7 +289,7 @@ class GroupAny(Signal):
     reach: ClassVar[Reach] = "group"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        _rows_only("GroupAny", self.of.reach)
+        rows_only("GroupAny", self.of.reach)
 
     def needs(self) -> tuple[Need, ...]:
         return self.of.needs()
@@ -305,7 +305,8 @@ class GroupAny(Signal):
 # ---- shapers -----------------------------------------------------------------------------------------------------
 
 
-def _rows_only(name: str, reach: Reach) -> None:
+def rows_only(name: str, reach: Reach) -> None:
+    """Raise `RecipeError` unless there is one number per response."""
     if reach not in ("sequence", "group"):
         raise RecipeError(f"{name} works on one number per response, but the chain before it gives one per {reach}.")
 
@@ -322,7 +323,7 @@ class GroupNormalised(Shaper):
     eps: float = 1e-6
 
     def reach_after(self, reach: Reach) -> Reach:
-        _rows_only("GroupNormalised", reach)
+        rows_only("GroupNormalised", reach)
         return reach
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
@@ -344,7 +345,7 @@ class LeaveOneOut(Shaper):
     """Reward minus the mean reward of the other rows of the group (RLOO, 2024)."""
 
     def reach_after(self, reach: Reach) -> Reach:
-        _rows_only("LeaveOneOut", reach)
+        rows_only("LeaveOneOut", reach)
         return reach
 
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
@@ -400,106 +401,3 @@ class BetaKernel(Shaper):
     def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
         mean = math.exp(math.lgamma(self.a + 1) + math.lgamma(self.b + 1) - math.lgamma(self.a + self.b + 2))
         return value.clamp(0, 1) ** self.a * (1 - value.clamp(0, 1)) ** self.b / mean
-
-
-@dataclass(frozen=True)
-class ToGo(Shaper):
-    """Sum from ``start`` events later to the end of the row: ``R_t = sum_{t' >= t + start} r_t'``.
-
-    ``per="remaining"`` divides by the number of summands (MiniLLM's length normalisation). A number per row is taken
-    as paid at the last event.
-    """
-
-    start: int = 0
-    per: Literal["remaining"] | None = None
-
-    def reach_after(self, reach: Reach) -> Reach:
-        return "token"
-
-    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        dense = view.dense(paid_at_end(view, value, reach))
-        mask = view.rows.mask
-        total = _reverse_cumulative(dense)
-        count = _reverse_cumulative(mask.to(dense.dtype))
-        if self.start:
-            # Events of a row are contiguous per turn; shift within the flat order of each row.
-            total, count = _shift(total, mask, self.start), _shift(count, mask, self.start)
-        if self.per == "remaining":
-            total = total / count.clamp_min(1)
-        return total[mask]
-
-
-@dataclass(frozen=True)
-class SequenceCredit(Shaper):
-    """What multiplies ``grad log p`` of each event in the gradient of a divergence of responses, from its log-ratios.
-
-    See `leibler.estimate.credit`: ``to_go`` adds the divergence of the contexts that an event leads to, ``sequence`` is
-    ``f'`` of the whole response's ratio.
-    """
-
-    divergence: Divergence
-    credit: Literal["to_go", "sequence"]
-
-    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        return coefficients(self.divergence, value, self.credit, sequence=view.rows.row).to(value.dtype)
-
-
-def _reverse_cumulative(x: Tensor) -> Tensor:
-    return x.flip(1).cumsum(1).flip(1)
-
-
-def _shift(x: Tensor, mask: Tensor, by: int) -> Tensor:
-    """Each event takes the number of the event ``by`` places later in its row, 0 past the end."""
-    flat, row = x[mask], mask.nonzero()[:, 0]
-    moved = torch.zeros_like(flat)
-    if len(flat) > by:
-        same = row[by:] == row[:-by]
-        moved[:-by] = torch.where(same, flat[by:], torch.zeros_like(flat[by:]))
-    return torch.zeros_like(x).masked_scatter(mask, moved)
-
-
-def paid_at_end(view: View, value: Tensor, reach: Reach) -> Tensor:
-    """Numbers per row as numbers per event, paid at each row's last event; numbers per event pass."""
-    if reach == "token":
-        return value
-    rows = view.rows
-    _rows_only("a reward", reach)
-    last = torch.ones_like(rows.row, dtype=torch.bool)
-    last[:-1] = rows.row[1:] != rows.row[:-1]
-    out = torch.zeros(rows.row.shape, dtype=value.dtype, device=value.device)
-    out[last] = value[rows.row[last]]
-    return out
-
-
-@dataclass(frozen=True)
-class InReward(Shaper):
-    """Adds ``-coefficient * log(old / target)`` to the reward at each event: the KL penalty inside the reward.
-
-    The k1 estimator inside the reward, with returns to go after it, has the exact gradient of the sequence's reverse
-    KL. Its place in the chain, before or after a normalisation, changes what is optimised. Source: Fine-Tuning
-    Language Models from Human Preferences (2019).
-    """
-
-    to: Target
-    coefficient: Signal | float
-    of: Handle = field(default_factory=lambda: Handle("old"))
-
-    def needs(self) -> tuple[Need, ...]:
-        return (LogProb(self.of), *sampled_needs(self.to))
-
-    def parts(self) -> tuple[Signal, ...]:
-        return (self.coefficient,) if isinstance(self.coefficient, Signal) else ()
-
-    def reach_after(self, reach: Reach) -> Reach:
-        return "token"
-
-    def _ratio(self, view: View) -> Tensor:
-        return view.get(LogProb(self.of)) - sampled(self.to, view.get)
-
-    def measures(self, view: View) -> dict[str, float]:
-        per_row = view.sum_rows(self._ratio(view))
-        return {"divergence_per_sequence": float(per_row.mean()), "sequences": float(len(per_row))}
-
-    def __call__(self, view: View, value: Tensor, reach: Reach) -> Tensor:
-        ratio = self._ratio(view)
-        return paid_at_end(view, value, reach) - view._signal(self.coefficient) * ratio

@@ -16,11 +16,12 @@ from leibler.divergence import Divergence
 from leibler.errors import RecipeError
 from leibler.estimate import Exact, value
 from leibler.estimate.estimators import Estimator
+from leibler.objective.advantages import SequenceCredit
 from leibler.objective.needs import Comparison, LogProb, Need, TokenDivergence, TokenEntropy, sampled, sampled_needs
 from leibler.objective.preference import Contrast, Link, Logistic, Pairs, Score
 from leibler.objective.reduce import Reduction, TokenMean
 from leibler.objective.rows import Rows, View
-from leibler.objective.signals import LogRatio, PerViolation, SequenceCredit, Signal
+from leibler.objective.signals import LogRatio, PerViolation, Signal
 from leibler.objective.soft import Soft
 from leibler.objective.surrogates import Clip, Surrogate
 from leibler.objective.targets import Handle, Old, Policy, Reference, Target

@@ -15,9 +15,9 @@ from leibler.train.pipeline import Pipeline, TrainingStage, recipes_of
 from leibler.train.plan import describe
 from leibler.train.recipe import Recipe, Schedule
 from leibler.train.repair import Repair
-from leibler.train.replay import Fixed, Replay
+from leibler.train.replay import Adaptive, Fixed, RaiseOnWorse, Replay
 from leibler.train.selected import Filtered, PassRate, Selected
-from leibler.train.sources import Adaptive, Context, Data, Mixture, OnPolicy, RaiseOnWorse, Sampled, Source
+from leibler.train.sources import Context, Data, Mixture, OnPolicy, Sampled, Source
 from leibler.train.stages import Answer, AnswerJudge, BestAndWorst, Keep, MuteEqual, Score, WinRate
 from leibler.train.trajectories import Trajectories
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from leibler.divergence import Entropy, SampledLogProb
 from leibler.divergence.rows import Functional
 from leibler.estimate import exactness
+from leibler.objective.advantages import InReward
 from leibler.objective.coupled import Coupled
 from leibler.objective.needs import Comparison, LogProb, Need, Output, TokenDivergence, TokenEntropy
 from leibler.objective.schedules import Hinge
-from leibler.objective.signals import Chain, Column, InReward, Reward, rollout_parts
+from leibler.objective.signals import Chain, Column, Combined, Reward, rollout_parts
 from leibler.objective.targets import Arithmetic, Geometric, Given, Handle, LogLinear, Old, Policy, Routed, Target
 from leibler.objective.terms import Match, Term
 from leibler.train.pipeline import STUDENT, Pipeline
@@ -218,9 +219,12 @@ def _short(value: Any) -> str:
     if isinstance(value, dict) or hasattr(value, "items"):
         return "{" + ", ".join(f"{_short(k)}: {_short(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple):
-        return "(" + ", ".join(_short(v) for v in value) + ")"
+        return "(" + ", ".join(_short(v) for v in value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, Chain):
         return f"{_short(value.first)} >> {_short(value.then)}"
+    if isinstance(value, Combined):
+        left, right = (f"({_short(v)})" if isinstance(v, Chain) else _short(v) for v in (value.left, value.right))
+        return f"({left} {value.operation} {right})"
     if isinstance(value, Staged):
         return f"{_short(value.source)} >> {_short(value.stage)}"
     if isinstance(value, Mixture):

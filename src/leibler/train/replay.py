@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from leibler.objective.signals import Validation
 from leibler.objective.targets import Behaviour, Handle
 from leibler.policy.randomness import generator
 from leibler.train.buffer import groups, interleaved, newest, pack, unpack
-from leibler.train.sources import Context, Origin, Source, State
+from leibler.train.sources import Context, Origin, Source, State, together
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Fixed(Source):
     Attributes:
         source: what is drawn; one stream. Stages that score belong in here, so that nothing is scored twice.
         rows: rows in the set, up to a whole group; None: as many as the run's steps pass ``epochs`` times (of an
-            optimiser batch each), and each prompt once at most.
+            optimiser batch each, or of the ``rows`` that the source says), and each prompt once at most, where stages
+            drop nothing.
         epochs: see there.
 
     Examples:
@@ -119,6 +121,8 @@ class Fixed(Source):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name}={value} of Fixed must be at least 1.")
+        if isinstance(self.source, Fixed):
+            raise RecipeError("Fixed(Fixed(...)) is fixed already; leave out one of them.")
         if len(self.source.streams()) != 1:
             raise RecipeError("Fixed holds the rows of one stream; put it inside the Mixture, around each stream.")
 
@@ -152,7 +156,7 @@ class Fixed(Source):
         held, position = state["set"], state["position"]
         group = held["group"]
         count = int(group.max()) + 1
-        wanted = max(min(context.rows * count // len(group), count), 1)
+        wanted = max(min(self._each(context) * count // len(group), count), 1)
         parts = []
         for epoch in range(position // count, (position + wanted - 1) // count + 1):
             order = torch.randperm(count, generator=generator(context.seed, "fixed", epoch))
@@ -193,7 +197,101 @@ class Fixed(Source):
         return {"source": inner, "set": pack(concatenate(kept)), "position": 0}
 
     def _wanted(self, context: Context) -> int:
-        return math.ceil(context.steps * context.rows / self.epochs) if self.rows is None else self.rows
+        return math.ceil(context.steps * self._each(context) / self.epochs) if self.rows is None else self.rows
+
+    def _each(self, context: Context) -> int:
+        """Rows in a draw: those of the source, where it says."""
+        source: Any = self.source
+        while not hasattr(source, "rows") and hasattr(source, "source"):
+            source = source.source
+        return getattr(source, "rows", None) or context.rows
 
     def _prompts(self, context: Context) -> int:
         return max(len(context.dataset(name)) for name in self.datasets()) if self.datasets() else 1 << 62
+
+
+@dataclass(frozen=True)
+class RaiseOnWorse:
+    """The share ``phi`` of model-written rows, raised by ``by`` when a validation metric got worse by ``tolerance``.
+
+    The metric is compared with its value at the last raise, which therefore never improves; so the paper's code has it.
+    Source: DistiLLM (2024).
+    """
+
+    metric: str = "nll"
+    initial: float = 0.0
+    by: float = 0.1
+    tolerance: float = 0.1
+
+    def init(self) -> State:
+        return {"phi": self.initial, "raised_at": None}
+
+    def observe(self, state: State, event: Validation) -> State:
+        value = event.metrics.get(self.metric)
+        if value is None:
+            raise RecipeError(f"the validation has no metric {self.metric!r}; give validation data with completions.")
+        if state["raised_at"] is None:
+            return {**state, "raised_at": value}
+        if value < state["raised_at"] + self.tolerance:
+            return state
+        return {"phi": min(state["phi"] + self.by, 1.0), "raised_at": value}
+
+
+@dataclass(frozen=True)
+class Adaptive(Source):
+    """Per draw, one of: data, fresh rollouts, rollouts replayed from a buffer.
+
+    With ``s`` the finished share of the run: fresh rollouts with probability ``phi (1 - s)`` (and into the buffer),
+    replayed ones with ``phi s`` (fresh while the buffer is short), data otherwise. Which model wrote a row is therefore
+    not one law: only exact divergences can be matched on it. Source: DistiLLM (2024).
+    """
+
+    data: Source
+    rollouts: Source
+    phi: RaiseOnWorse = field(default_factory=RaiseOnWorse)
+    capacity: int = 1000
+
+    def handles(self) -> tuple[Handle, ...]:
+        return (*self.data.handles(), *self.rollouts.handles())
+
+    def readers(self) -> tuple[Handle, ...]:
+        return (*self.data.readers(), *self.rollouts.readers())
+
+    def datasets(self) -> Mapping[str, str]:
+        return together(self.data, self.rollouts)
+
+    @property
+    def needs_validation(self) -> bool:
+        return True
+
+    def init(self) -> State:
+        return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": None}
+
+    def observe(self, state: State, event: Validation) -> State:
+        inner = {name: source.observe(state[name], event) for name, source in self._sources.items()}
+        return {**state, **inner, "phi": self.phi.observe(state["phi"], event)}
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        return {"data": self.data, "rollouts": self.rollouts}
+
+    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        randomness = generator(context.seed, "adaptive", context.draw)
+        u = float(torch.rand((), generator=randomness, dtype=torch.float64))
+        phi, done = float(state["phi"]["phi"]), context.step / max(context.steps, 1)
+        if u >= phi:
+            drawn, inner = self.data.draw(context, state["data"])
+            return drawn, {**state, "data": inner}
+        held = None if state["buffer"] is None else unpack(state["buffer"])
+        if held is not None and u < phi * done and len(held) >= context.rows:
+            picks = torch.randperm(held.groups, generator=randomness)[: context.rows]
+            return {"main": groups(held, picks[context.rank :: context.world])}, state
+        drawn, inner = self.rollouts.draw(context, state["rollouts"])
+        # Every process keeps the rows of all, in the order in which one process would have drawn them.
+        fresh = [part for part in context.gather(drawn["main"]) if len(part)]
+        if not fresh:
+            return drawn, {**state, "rollouts": inner}
+        kept = concatenate([*([] if held is None else [held]), interleaved(fresh)])
+        # Each row comes back by itself: what is matched on them compares no two rows.
+        kept = newest(replace(kept, group=torch.arange(len(kept))), self.capacity)
+        return drawn, {**state, "rollouts": inner, "buffer": pack(kept)}

@@ -10,10 +10,9 @@ import torch
 
 from leibler.environment.dialogue import encode_turns, later_turns
 from leibler.errors import DataError, RecipeError
-from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows, concatenate
+from leibler.objective.rows import CHOSEN, REJECTED, SAMPLE, Rows
 from leibler.objective.signals import Validation
 from leibler.objective.targets import Handle, Model, Old, Policy, Target, Tempered
-from leibler.train.buffer import groups, interleaved, newest, pack, unpack
 
 if TYPE_CHECKING:
     from leibler.data import Dataset, Record
@@ -128,7 +127,8 @@ class Source:
         return Staged(self, stage)
 
 
-def _together(*sources: Source) -> dict[str, str]:
+def together(*sources: Source) -> dict[str, str]:
+    """The data that several sources read, and what they need of them."""
     found: dict[str, str] = {}
     for source in sources:
         for name, kind in source.datasets().items():
@@ -446,7 +446,7 @@ class Mixture(Source):
         return tuple(h for _, source in self.sources for h in source.readers())
 
     def datasets(self) -> Mapping[str, str]:
-        return _together(*(source for _, source in self.sources))
+        return together(*(source for _, source in self.sources))
 
     def stream_data(self) -> Mapping[str, tuple[str, ...]]:
         return {name: tuple(source.datasets()) for name, source in self.sources}
@@ -471,92 +471,3 @@ class Mixture(Source):
             drawn, new[name] = source.draw(context, state[name])
             out[name] = next(iter(drawn.values()))
         return out, new
-
-
-@dataclass(frozen=True)
-class RaiseOnWorse:
-    """The share ``phi`` of model-written rows, raised by ``by`` when a validation metric got worse by ``tolerance``.
-
-    The metric is compared with its value at the last raise, which therefore never improves; so the paper's code has it.
-    Source: DistiLLM (2024).
-    """
-
-    metric: str = "nll"
-    initial: float = 0.0
-    by: float = 0.1
-    tolerance: float = 0.1
-
-    def init(self) -> State:
-        return {"phi": self.initial, "raised_at": None}
-
-    def observe(self, state: State, event: Validation) -> State:
-        value = event.metrics.get(self.metric)
-        if value is None:
-            raise RecipeError(f"the validation has no metric {self.metric!r}; give validation data with completions.")
-        if state["raised_at"] is None:
-            return {**state, "raised_at": value}
-        if value < state["raised_at"] + self.tolerance:
-            return state
-        return {"phi": min(state["phi"] + self.by, 1.0), "raised_at": value}
-
-
-@dataclass(frozen=True)
-class Adaptive(Source):
-    """Per draw, one of: data, fresh rollouts, rollouts replayed from a buffer.
-
-    With ``s`` the finished share of the run: fresh rollouts with probability ``phi (1 - s)`` (and into the buffer),
-    replayed ones with ``phi s`` (fresh while the buffer is short), data otherwise. Which model wrote a row is therefore
-    not one law: only exact divergences can be matched on it. Source: DistiLLM (2024).
-    """
-
-    data: Source
-    rollouts: Source
-    phi: RaiseOnWorse = field(default_factory=RaiseOnWorse)
-    capacity: int = 1000
-
-    def handles(self) -> tuple[Handle, ...]:
-        return (*self.data.handles(), *self.rollouts.handles())
-
-    def readers(self) -> tuple[Handle, ...]:
-        return (*self.data.readers(), *self.rollouts.readers())
-
-    def datasets(self) -> Mapping[str, str]:
-        return _together(self.data, self.rollouts)
-
-    @property
-    def needs_validation(self) -> bool:
-        return True
-
-    def init(self) -> State:
-        return {"data": self.data.init(), "rollouts": self.rollouts.init(), "phi": self.phi.init(), "buffer": None}
-
-    def observe(self, state: State, event: Validation) -> State:
-        inner = {name: source.observe(state[name], event) for name, source in self._sources.items()}
-        return {**state, **inner, "phi": self.phi.observe(state["phi"], event)}
-
-    @property
-    def _sources(self) -> dict[str, Source]:
-        return {"data": self.data, "rollouts": self.rollouts}
-
-    def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
-        from leibler.policy.randomness import generator
-
-        randomness = generator(context.seed, "adaptive", context.draw)
-        u = float(torch.rand((), generator=randomness, dtype=torch.float64))
-        phi, done = float(state["phi"]["phi"]), context.step / max(context.steps, 1)
-        if u >= phi:
-            drawn, inner = self.data.draw(context, state["data"])
-            return drawn, {**state, "data": inner}
-        held = None if state["buffer"] is None else unpack(state["buffer"])
-        if held is not None and u < phi * done and len(held) >= context.rows:
-            picks = torch.randperm(held.groups, generator=randomness)[: context.rows]
-            return {"main": groups(held, picks[context.rank :: context.world])}, state
-        drawn, inner = self.rollouts.draw(context, state["rollouts"])
-        # Every process keeps the rows of all, in the order in which one process would have drawn them.
-        fresh = [part for part in context.gather(drawn["main"]) if len(part)]
-        if not fresh:
-            return drawn, {**state, "rollouts": inner}
-        kept = concatenate([*([] if held is None else [held]), interleaved(fresh)])
-        # Each row comes back by itself: what is matched on them compares no two rows.
-        kept = newest(replace(kept, group=torch.arange(len(kept))), self.capacity)
-        return drawn, {**state, "rollouts": inner, "buffer": pack(kept)}
