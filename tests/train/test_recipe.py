@@ -286,6 +286,12 @@ def test_the_cheapest_plan(recipe, kind, survey):
     assert kind in describe(recipe)
 
 
+def test_description_writes_signals_as_they_were_written():
+    text = describe(Recipe(SCORED, PolicyGradient((Reward() >> GroupNormalised()) * Linear(1.0, 0.5, 10))))
+    assert "advantage=((Reward() >> GroupNormalised()) * Linear(start=1.0, end=0.5, steps=10))" in text
+    assert "Data(columns=('pass_rate',))" in describe(Recipe(Data(columns=("pass_rate",)), Imitate()))
+
+
 def test_description_tells_what_is_biased():
     text = describe(Recipe(OnPolicy(), Match(K, to=Teacher(), estimator=K2())))
     assert "sampled from the model; the gradient is unbiased, the loss's value is biased" in text
