@@ -7,6 +7,8 @@ draws the same numbers again, and another batch size, an early-finished row or a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -44,6 +46,26 @@ def generator(seed: int, purpose: str, *numbers: int, device: str | torch.device
         True
     """
     return torch.Generator(device=device).manual_seed(derived_seed(seed, purpose, *numbers))
+
+
+@contextmanager
+def forked(device: torch.device, seed: int, purpose: str, *numbers: int) -> Iterator[None]:
+    """Inside, torch's own generators (which dropout draws from) depend on the arguments alone; afterwards they go on.
+
+    Args:
+        device: where is drawn; the generator of the CPU is always derived.
+        seed, purpose, numbers: see `derived_seed`.
+
+    Examples:
+        >>> with forked(torch.device("cpu"), 0, "dropout", 1):
+        ...     first = torch.rand(2)
+        >>> with forked(torch.device("cpu"), 0, "dropout", 1):
+        ...     torch.equal(torch.rand(2), first)
+        True
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(seed, purpose, *numbers))
+        yield
 
 
 def uniforms(seed: int, purpose: str, step: int, rows: int, n: int, first_row: int = 0) -> Float64[Tensor, "rows n"]:

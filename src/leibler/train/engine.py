@@ -6,8 +6,8 @@ exact plans is cheapest; denominators are taken over the whole optimiser batch (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -27,7 +27,8 @@ from leibler.objective.signals import Shaper, Signal, rollout_parts
 from leibler.objective.targets import Behaviour, Given, Handle, Lift, Old, Policy
 from leibler.objective.terms import Term
 from leibler.policy import CausalLM, LanguageModel
-from leibler.policy.randomness import derived_seed
+from leibler.policy.model import evaluating
+from leibler.policy.randomness import forked
 from leibler.policy.vocabulary import Reading, TextAlignment
 from leibler.train.aligned import event_states, target_rows
 from leibler.train.coupled import Coupling
@@ -120,7 +121,7 @@ class Engine:
     def _annotate(self, plan: StreamPlan, rows: Rows, step: int, states: Mapping[Hashable, Any]) -> View:
         view = View(rows, {}, {}, step, states, together=self.reduce if self.world > 1 else None)
         values: dict[Need, Tensor] = {}
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), evaluating(self.models["policy"], *self.modules.values()):
             if LogProb(Behaviour()) in plan.constants:
                 values[LogProb(Behaviour())] = view.column("behaviour_logp")
             by_model: dict[Handle, list[Need]] = {}
@@ -249,7 +250,8 @@ class Engine:
     ) -> tuple[View, Tensor, Linear, list[TargetRows | OtherVocabulary]]:
         """A micro-batch, its hidden states and the operands of its head pass."""
         micro = view.select(index)
-        with self._dropout(view.step, plan.stream, number):
+        # Randomness inside the pass is derived too: a replayed or resumed one drops the same units.
+        with forked(self.device, self.seed, f"dropout/{plan.stream}", view.step, number):
             hidden = self._event_hidden(self.policy, micro.rows)
             # Within: an adapter on the head drops units too.
             return micro, hidden, *self._operands(plan, micro.rows, hidden)
@@ -485,27 +487,6 @@ class Engine:
                 step.metrics[f"aligned/{name}"] = sums[f"aligned/{name}"] / sums[f"aligned/{name}/of"]
         step.metrics["tokens"] = sums.get("events", 0.0)
         step.metrics["rows"] = rows
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, put back afterwards."""
-        modules = [self.models["policy"], *self.modules.values()]
-        modes = [m.training for m in modules]
-        for module in modules:
-            module.eval()
-        try:
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.train(mode)
-
-    @contextmanager
-    def _dropout(self, step: int, stream: str, number: int) -> Iterator[None]:
-        """Randomness inside the forward pass is derived too: a replayed or resumed pass drops the same units."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derived_seed(self.seed, f"dropout/{stream}", step, number))
-            yield
 
 
 def _events_of(rows: Rows, index: Tensor) -> Tensor:
