@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from leibler.measure.report.sweep import figure
-from leibler.sweep.table import as_markdown
+from leibler.sweep.table import as_markdown, findings
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "distillation.md"
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> None:
         text = (folder / "sweep.json").read_text(encoding="utf-8")
         numbers.write_text(text.replace(f"{folder}/", ""), encoding="utf-8")  # no paths of the machine that ran it
     content = json.loads(numbers.read_text(encoding="utf-8"))
+    content["findings"] = findings(content["rows"])  # as they are put now
+    numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if not content["complete"]:
         print(f"the sweep is not complete: {', '.join([*content['missing'], *content['failed']])}", file=sys.stderr)
     (HERE / "sweep.svg").write_text(figure(content), encoding="utf-8")

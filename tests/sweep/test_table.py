@@ -102,6 +102,31 @@ def test_a_difference_within_the_spread_of_the_seeds_has_no_winner():
     assert said.endswith("; their difference is within the spread of the seeds, so neither has won.")
 
 
+def test_a_run_that_diverged_stops_neither_table_nor_pictures():
+    rows = [result(f"kd-{k}", k, **{**numbers(0.5, 1.0), "own_reverse_kl": kl}) for k, kl in enumerate((1.0, math.inf))]
+    content = made(*BASE, *rows, result("gkd-0", **numbers(0.5, 1.0)), result("gkd-1", 1, **numbers(0.5, 1.0)), seeds=2)
+    assert math.isnan(next(row for row in content["rows"] if row["name"] == "kd")["spread"]["own_reverse_kl"])
+    assert "kd" in as_text(content)
+    assert "kd" in report(content)
+
+
+def test_what_one_seed_and_equal_tokens_leave_open_is_said():
+    def rows(steps: int, seeds: int) -> list[dict[str, Any]]:
+        return [
+            result(f"{s}-{k}", k, **numbers(0.5, 1.0), steps=n)
+            for s, n in (("kd", 100), ("llkd", steps))
+            for k in range(seeds)
+        ]
+
+    slugs = ("kd", "llkd")
+    said = " ".join(made(*BASE, *rows(2500, 1), slugs=slugs)["findings"])
+    assert "llkd takes 2,500 of the optimiser, kd 100." in said
+    assert "Each ran with one seed" in said
+    said = " ".join(made(*BASE, *rows(150, 2), slugs=slugs, seeds=2)["findings"])
+    assert "of the optimiser" not in said
+    assert "one seed" not in said
+
+
 @pytest.mark.parametrize(
     ("sign", "said"), [(-1, "the nearer to the teacher, the more accurate"), (1, "the FARTHER from")]
 )

@@ -150,9 +150,14 @@ def _over(results: Sequence[Row]) -> dict[str, Any]:
         "seeds": [result["seed"] for result in results],
         "parameters": results[0]["parameters"] if results else None,
         "metrics": {key: statistics.fmean(values) for key, values in found.items()},
-        "spread": {key: statistics.stdev(values) for key, values in found.items() if len(values) > 1},
+        "spread": {key: _spread(values) for key, values in found.items() if len(values) > 1},
         "values": found,
     }
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation; NaN where a run diverged, of which `statistics` knows none."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 # ---- as text ---------------------------------------------------------------------------------------------------------
@@ -232,6 +237,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     out += _related(trained)
     out += _diversity(trained, base)
     out += _cost(trained)
+    if not any(len(values) > 1 for row in trained for values in row["values"].values()):
+        out.append("Each ran with one seed, so how much of any difference is chance is not known.")
     return out
 
 
@@ -327,6 +334,13 @@ def _diversity(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:
 
 def _cost(rows: Sequence[Row]) -> list[str]:
     out = []
+    steps = _ranked(rows, "steps", 1)
+    most, fewest = (steps[i]["metrics"]["steps"] if steps else 0.0 for i in (0, -1))
+    if most > 2 * fewest:
+        out.append(
+            f"Equal tokens are not equal steps: {steps[0]['name']} takes {_shown('steps', most)} of the optimiser, "
+            f"{steps[-1]['name']} {_shown('steps', fewest)}."
+        )
     for key, better, what in (("tokens_per_second", 1, "trains fastest"), ("memory", -1, "takes the least memory")):
         ranked = _ranked(rows, key, better)
         if len(ranked) < 2:
