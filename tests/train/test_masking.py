@@ -13,7 +13,7 @@ import torch
 from leibler.data import Dataset, Record
 from leibler.divergence import ForwardKL
 from leibler.errors import DataError, ModelError, RecipeError
-from leibler.objective import Column, Imitate, Match, Objective, Teacher
+from leibler.objective import Column, Imitate, Match, Objective, SoftTokens, Teacher
 from leibler.objective.reduce import SequenceMean
 from leibler.policy import MaskedLM, uniforms
 from leibler.recipes.diffusion import llada, tad
@@ -48,6 +48,31 @@ def test_a_random_part_is_masked_and_labelled():
         assert rows.labels is not None
         assert rows.labels[i][rows.mask[i]].tolist() == [truth[k] for k in hidden]
         assert rows.columns["inverse_share"][i].item() == pytest.approx(4 / len(hidden))
+
+
+def test_what_is_known_of_whole_rows_stays():
+    """A muted row that was heard again would be learned; thoughts that were lost would be learned as words."""
+
+    class Known(Data):
+        def draw(self, context: Context, state: dict[str, Any]) -> Any:
+            drawn, state = super().draw(context, state)
+            rows = drawn["main"].with_columns(reward=torch.arange(4.0), credit=torch.ones(drawn["main"].mask.shape))
+            return {"main": replace(rows, muted=torch.tensor([True, False, False, True]))}, state
+
+    class Thinking(Data):
+        def draw(self, context: Context, state: dict[str, Any]) -> Any:
+            drawn, state = super().draw(context, state)
+            shape = (*drawn["main"].tokens.shape, 1)
+            soft = SoftTokens(torch.zeros(shape, dtype=torch.long), torch.zeros(shape))
+            return {"main": replace(drawn["main"], soft=soft)}, state
+
+    rows = Masked(Known()).draw(context(tiny_filling(0)), {})[0]["main"]
+    assert rows.muted is not None
+    assert rows.muted.tolist() == [True, False, False, True]
+    assert rows.columns["reward"].tolist() == [0, 1, 2, 3]
+    assert set(rows.columns) == {"reward", "inverse_share"}  # numbers of other positions would be wrong ones
+    with pytest.raises(RecipeError, match="soft tokens"):
+        Masked(Thinking()).draw(context(tiny_filling(0)), {})
 
 
 def test_every_count_is_equally_likely_and_every_choice_of_as_many():

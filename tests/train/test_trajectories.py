@@ -79,6 +79,7 @@ def test_states_are_those_of_the_decoding(commit: int, hinted: bool):
         soon = [s <= state + 1 for s, h in zip(step, hidden, strict=True) if h]
         assert rows.columns["near"][i][rows.mask[i]].tolist() == [float(x) for x in soon]
         assert rows.columns["distant"][i][rows.mask[i]].tolist() == [float(not x) for x in soon]
+        assert rows.texts[i] == model.decode(found.completions()[0])
         view = rows.views["privileged"]
         assert view.tokens[i][view.attention[i]].tolist() == hint + canvas
         assert (view.mask[i].nonzero()[:, 0] - len(hint)).tolist() == (

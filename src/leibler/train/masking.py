@@ -4,7 +4,7 @@ loss, and held-out numbers."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -97,7 +97,7 @@ def masked_rows(
         prompts: ids of each row.
         canvas: the completions.
         hide: the positions that are masked.
-        like: what else is known of the rows: group, role, records and texts.
+        like: what else is known of the rows: group, role, records, texts, who is muted, and numbers of whole rows.
         context: of the draw.
 
     Raises:
@@ -115,7 +115,10 @@ def masked_rows(
         )
     model = masked_policy(context)
     tokens, attention, mask, labels = hidden_rows(prompts, canvas, hide, model.mask_id, model.pad_id)
-    return Rows(tokens, attention, mask, like.group, like.role, records=like.records, texts=like.texts, labels=labels)
+    # Numbers of tokens are of other positions.
+    kept = {name: value for name, value in like.columns.items() if value.ndim == 1}
+    made = replace(like, tokens=tokens, attention=attention, mask=mask, labels=labels, columns=kept)
+    return replace(made, views={}, soft=None)
 
 
 def masked_policy(context: Context) -> MaskedLM:
@@ -184,7 +187,7 @@ class Masked(Source):
         prompts: list[list[int]] = []
         completions: list[list[int]] = []
         for i in range(len(rows)):
-            whole, start = rows.tokens[i][rows.attention[i]].tolist(), int(rows.mask[i].nonzero()[0]) + 1
+            whole, start = rows.hard[i][rows.attention[i]].tolist(), int(rows.mask[i].nonzero()[0]) + 1
             if len(whole) - start != int(rows.length[i]):
                 raise DataError(
                     f"{rows.records[i].source or 'a record'} has turns that are not to be learned between its "

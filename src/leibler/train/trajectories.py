@@ -101,6 +101,7 @@ class Trajectories(Source):
         return {"position": 0, "tokens": None, "step": None}
 
     def draw(self, context: Context, state: State) -> tuple[dict[str, Rows], State]:
+        from leibler.policy import MaskedSamples
         from leibler.policy.randomness import uniforms
 
         data, count = context.dataset(self.name), self.rows or context.rows
@@ -113,7 +114,8 @@ class Trajectories(Source):
         passes = -(-canvas.shape[1] // self.commit)
         done = (numbers * passes).long().clamp(max=passes - 1)
         near, distant = partition(step, done, self.delta)
-        texts = [context.policy.decode(row) for row in canvas]
+        policy = masked_policy(context)
+        texts = [policy.decode(ids) for ids in MaskedSamples(canvas, step, passes, policy.stop_ids).completions()]
         group = torch.arange(len(mine))
         empty = torch.zeros(len(mine), 1, dtype=torch.bool)
         like = Rows(
