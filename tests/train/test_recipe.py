@@ -43,6 +43,7 @@ from leibler.objective import (
 )
 from leibler.train import (
     EMA,
+    Adaptive,
     Answer,
     Data,
     Frozen,
@@ -122,6 +123,10 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "rows of the sampler": (
         lambda: Recipe(OnPolicy(), Match(K, to=LogLinear({Behaviour(): 0.5, Teacher(): 0.5}))),
         "whole vocabulary to 'behaviour' needs its weights",
+    ),
+    "a ratio to no law": (
+        lambda: Recipe(Adaptive(Data(), OnPolicy()) >> Score(Answer()), PolicyGradient(Reward(), Clip())),
+        "responses of 'main' are of no single law, so no ratio makes a policy gradient",
     ),
     "a ratio to a law that was not sampled": (
         lambda: Recipe(MIXED >> Score(Answer()), PolicyGradient(Reward(), Clip())),

@@ -16,7 +16,7 @@ from leibler.errors import RunError
 from leibler.objective.rows import Rows, View
 from leibler.objective.signals import StepEnd, Validation
 from leibler.safety import printable
-from leibler.train import checkpoint, environment, pipeline, rollouts, run_file, setup, sharding, stored
+from leibler.train import checkpoint, environment, material, pipeline, rollouts, run_file, setup, sharding
 from leibler.train.aligned import alignments
 from leibler.train.engine import Engine
 from leibler.train.guarding import Guarding
@@ -24,9 +24,8 @@ from leibler.train.guards import Guards
 from leibler.train.interrupt import interruptible
 from leibler.train.journal import Journal, speed
 from leibler.train.log import Progress
-from leibler.train.masking import check_kind
 from leibler.train.minibatches import Minibatches
-from leibler.train.models import Trained, measured, resolve
+from leibler.train.models import Trained
 from leibler.train.options import Options
 from leibler.train.pipeline import Pipeline
 from leibler.train.processes import Processes
@@ -38,7 +37,6 @@ from leibler.train.validation import validate
 
 if TYPE_CHECKING:
     from leibler.cache import TeacherCache
-    from leibler.data import Dataset
     from leibler.policy import CausalLM, LanguageModel
 
 T = TypeVar("T")
@@ -152,7 +150,16 @@ class _Trainer:
         recipe, self.rollouts = rollouts.arrange(recipe, options, student, out, processes.world)
         self.recipe, self.options, self.out, self.quiet = recipe, options, out, quiet
         self.processes, self.accelerator = processes, processes.accelerator
-        policy = processes.together(lambda: self._load(student, teacher, models, data, validation, resume))
+        aside, known = out if self.main else None, out if resume else None
+        made = processes.together(
+            lambda: material.load(
+                *(recipe, options, aside, self._say, known),
+                student=student, teacher=teacher, models=models, data=data, validation=validation,
+            )
+        )  # fmt: skip
+        options, policy = made.options, made.policy
+        self.options, self.data, self.validation = options, made.data, made.validation
+        self.models, self.modules, self.stored, self.identity = made.models, made.modules, made.stored, made.identity
         self.blank = sharding.blank(policy) if processes.sharding else None
         processes.place(self.models.values(), self.modules.values())
         self.raw_optimizer = setup.optimizer(policy, self.modules, recipe, options)
@@ -203,34 +210,6 @@ class _Trainer:
             self._resume()
         if self.options.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-
-    def _load(self, student: Any, teacher: Any, models: Any, data: Any, validation: Any, resume: bool) -> CausalLM:
-        """Read data and models: what can fail before the processes need each other. Returns the policy."""
-        recipe, options, out = self.recipe, self.options, self.out if self.main else None
-        policy = setup.load_model(student, options, trained=True, key="student")
-        policy.requires_grad_(True) if not policy.has_adapter else None
-        given = setup.load_models(recipe, teacher, models, options)
-        specs = data if isinstance(data, Mapping) and not hasattr(data, "column_names") else {"train": data}
-        self.data: dict[str, Dataset] = setup.load_data(recipe, specs, policy, options, out)
-        self.options, self.data, self.validation = setup.load_validation(
-            validation, recipe, policy, options, self.data, out
-        )
-        read = {**{f"data.{name}": dataset for name, dataset in self.data.items()}, "validation": self.validation}
-        for name, dataset in read.items():
-            if dataset is not None and dataset.set_aside_count:
-                self._say(f"{name}: {dataset.set_aside_report()}")
-
-        self.stored = stored.stored_models(recipe.models, given)
-        live = {name: rule for name, rule in recipe.models.items() if name not in self.stored}
-        self.models, self.modules = resolve(live, policy, given, options.align)
-        self.modules |= measured(live, policy, self.models, self.data)
-        self.models["policy"] = policy
-        check_kind(recipe, self.models)
-        stored.check(recipe, self.stored, policy, self.data, options.temperature)
-        self.identity = run_file.identity(self.data, self.models, self.stored)
-        if resume:
-            run_file.check_identity(self.out, self.identity)
-        return policy
 
     # ---- the loop --------------------------------------------------------------------------------------------------
 

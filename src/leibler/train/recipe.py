@@ -101,6 +101,11 @@ class Recipe:
         law = streams[on].law
         if isinstance(term, Match) and not term.exact:
             term = self._bind_sampler(term, streams[on])
+        if isinstance(term, PolicyGradient) and law is None and on in self.source.fresh():
+            raise RecipeError(
+                f"the responses of {on!r} are of no single law, so no ratio makes a policy gradient of them; draw the "
+                "stream with OnPolicy(), or match a divergence over the vocabulary with Exact()."
+            )
         if isinstance(term, PolicyGradient) and law not in (None, Old()) and term.surrogate.anchor == Old():
             raise RecipeError(
                 f"the ratio of the policy gradient on {term.on!r} is taken to the old policy, but its responses are "
