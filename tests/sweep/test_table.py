@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -156,6 +157,25 @@ def test_the_pictures_show_every_method_and_escape_names():
     assert "prefers-color-scheme" not in drawn
     assert "prefers-color-scheme:dark" in figure(content, alone=False)
     assert scatter(content)
+
+
+def test_one_that_went_astray_pushes_the_others_together_in_no_panel():
+    slugs = ("kd", "gkd", "akl")
+    rows = [
+        result(f"{s}-0", **numbers(a, kl)) for s, a, kl in zip(slugs, (0.9, 0.8, 0.02), (0.01, 0.03, 4.0), strict=True)
+    ]
+    drawn = figure(made(*BASE, *rows, slugs=slugs))
+
+    def place(name: str, head: str) -> float:
+        found = re.search(rf'<circle cx="([\d.]+)"[^>]*><title>{name}: {head} ', drawn)
+        assert found is not None
+        return float(found[1])
+
+    assert place("gkd", "reverse KL") - place("kd", "reverse KL") > 10  # a scale of logarithms
+    assert "teacher: reverse KL" not in drawn  # its 0 has no place there
+    middle = (place("kd", "accuracy") + place("akl", "accuracy")) / 2
+    assert abs(place("student, before", "accuracy") - middle) > 10  # 20 % lies low, and not in the middle of 2 and 90
+    assert figure(made(*BASE, result("kd-0", **numbers(math.nan, math.inf))))
 
 
 def test_a_user_without_a_checker_gets_a_table_without_accuracy():

@@ -111,7 +111,7 @@ def figure(content: Row, alone: bool = True) -> str:
     """
     rows = [row for row in ordered(content["rows"]) if row["metrics"]]
     by_key = {column.key: column for column in COLUMNS}
-    panels = [by_key[key] for key in PANELS if sum(key in row["metrics"] for row in rows) > 1]
+    panels = [by_key[k] for k in PANELS if sum(math.isfinite(row["metrics"].get(k, math.nan)) for row in rows) > 1]
     width = NAMES + len(panels) * (PANEL + GAP) + GAP
     height = TOP + LINE * len(rows) + BELOW
     marks = [_names(rows, width)]
@@ -153,7 +153,12 @@ def _names(rows: Sequence[Row], width: int) -> str:
 def _panel(column: Column, rows: Sequence[Row], left: float) -> str:
     values = [row["metrics"].get(column.key, math.nan) / column.per for row in rows]
     found = [value for value in values if math.isfinite(value)]
-    log = min(found) > 0 and max(found) / min(found) > 20
+    positive = [value for value in found if value > 0]
+    # A share of what is right ends at 100%, where one that is small must not push the others together.
+    log = "%" not in column.unit or column.better < 0
+    log &= min(found) >= 0 and bool(positive) and max(positive) / min(positive) > 20
+    if log:  # the teacher's divergence from itself has no place there
+        values, found = [value if value > 0 else math.nan for value in values], positive
     scale = axis_of(found, log, zero=False)
     bottom = TOP + LINE * len(rows)
 
@@ -169,9 +174,9 @@ def _panel(column: Column, rows: Sequence[Row], left: float) -> str:
         out.append(f'<path d="M{x(value)} {TOP - 6}V{bottom}" class="grid"/>')
         label = f'<text x="{x(value)}" y="{bottom + 16}" text-anchor="middle" class="soft">'
         out.append(f"{label}{figures.tick(value)}</text>")
-    for row in rows:  # what the methods began with, and what they learnt from
-        if not row["slug"] and column.key in row["metrics"]:
-            out.append(f'<path d="M{x(row["metrics"][column.key] / column.per)} {TOP}V{bottom}" class="rule"/>')
+    for row, value in zip(rows, values, strict=True):  # what the methods began with, and what they learnt from
+        if not row["slug"] and math.isfinite(value):
+            out.append(f'<path d="M{x(value)} {TOP}V{bottom}" class="rule"/>')
     for number, (row, value) in enumerate(zip(rows, values, strict=True)):
         if not math.isfinite(value):
             continue
