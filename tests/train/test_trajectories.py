@@ -79,13 +79,26 @@ def test_states_are_those_of_the_decoding(commit: int, hinted: bool):
         soon = [s <= state + 1 for s, h in zip(step, hidden, strict=True) if h]
         assert rows.columns["near"][i][rows.mask[i]].tolist() == [float(x) for x in soon]
         assert rows.columns["distant"][i][rows.mask[i]].tolist() == [float(not x) for x in soon]
-        assert rows.texts[i] == model.decode(found.completions()[0])
         view = rows.views["privileged"]
         assert view.tokens[i][view.attention[i]].tolist() == hint + canvas
         assert (view.mask[i].nonzero()[:, 0] - len(hint)).tolist() == (
             rows.mask[i].nonzero()[:, 0] - len(prompt)
         ).tolist()
     assert len(states) > 1
+
+
+def test_texts_end_where_responses_end(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_filling(0)
+    source = Trajectories(hint=HINT)
+    _, state = drawn(source, context(model))
+    stop = int(state["tokens"][:, 1].mode().values)
+    monkeypatch.setattr(type(model), "stop_ids", property(lambda self: (stop,)))
+    rows, state = drawn(source, context(model))
+    found = {r.prompt: t for r, t in zip(rows.records, rows.texts, strict=True)}
+    for record, ids in zip(RECORDS, state["tokens"].tolist(), strict=True):
+        ended = ids[: ids.index(stop) + 1] if stop in ids else ids
+        assert found[record.prompt] == model.decode(ended)
+    assert any(stop in ids[:-1] for ids in state["tokens"].tolist())
 
 
 def test_each_response_is_decoded_once(monkeypatch: pytest.MonkeyPatch):
