@@ -15,7 +15,7 @@ from leibler.sweep.table import as_markdown, as_text, findings, ordered, summary
 SETUP = Setup("m/s", {"teacher": "m/t"}, {"train": "task"}, "held", "tune", None, 100, 10, "a task")
 
 
-def result(name: str, seed: int = 0, **metrics: float) -> dict[str, Any]:
+def result(name: str, seed: int = 0, /, **metrics: float) -> dict[str, Any]:
     return {"name": name, "kind": "train", "slug": name, "seed": seed, "parameters": 5, "metrics": metrics}
 
 
