@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from leibler.data.corpus import stdlib
@@ -68,7 +68,7 @@ def configured(spec: str, **more: type) -> tuple[Callable[..., Any], dict[str, A
     """
     made, text = _named(spec)
     values = _values(spec, text, knobs(made) | more)
-    for field in fields(made) if is_dataclass(made) else ():
+    for field in _fields(made):
         if field.init and field.default is MISSING and field.default_factory is MISSING:
             raise DataError(f"{spec!r} cannot be made from text: {field.name!r} has no default; give it one.")
     return made, values
@@ -97,8 +97,12 @@ def _known(family: str) -> tuple[Mapping[str, Callable[..., Any]], str, str]:
 
 def knobs(made: Any) -> dict[str, type]:
     """The knobs of a task or an environment, with their types: fields whose default can be written as text."""
-    found = fields(made) if is_dataclass(made) else ()
-    return {f.name: type(f.default) for f in found if f.init and isinstance(f.default, (bool, int, float, str))}
+    found = {f.name: f.default for f in _fields(made) if f.init}
+    return {name: type(value) for name, value in found.items() if isinstance(value, (bool, int, float, str))}
+
+
+def _fields(made: Any) -> tuple[Field[Any], ...]:
+    return fields(made) if is_dataclass(made) else ()
 
 
 def _values(spec: str, text: str, kinds: dict[str, type]) -> dict[str, Any]:
