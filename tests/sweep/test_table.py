@@ -103,6 +103,20 @@ def test_a_difference_within_the_spread_of_the_seeds_has_no_winner():
     assert said.endswith("; their difference is within the spread of the seeds, so neither has won.")
 
 
+def test_a_rate_that_diverged_is_not_chosen_and_the_edge_of_those_tried_is_told():
+    rates, tuning = (1.0, 0.1, 0.01), {"kd": (math.nan, 0.5, 0.6), "gkd": (0.7, 0.6, 0.5), "akl": (0.5, 0.7, 0.6)}
+    results = [
+        result(f"{slug}-0-{rate:g}", **numbers(0.5, 1.0), learning_rate=rate, tuning=found)
+        for slug, all_found in tuning.items()
+        for rate, found in zip(rates, all_found, strict=True)
+    ]
+    content = summary(SETUP, Settings(learning_rates=rates), list(tuning), {}, 1, [*BASE, *results], {})
+    best = {row["slug"]: row["metrics"]["learning_rate"] for row in content["rows"] if row["slug"]}
+    assert best == {"kd": 0.01, "gkd": 1.0, "akl": 0.1}
+    said = [f for f in content["findings"] if f.startswith("Best at the")]
+    assert [f.split(": ")[1] for f in said] == ["kd.", "gkd."]
+
+
 def test_a_run_that_diverged_stops_neither_table_nor_pictures():
     rows = [result(f"kd-{k}", k, **{**numbers(0.5, 1.0), "own_reverse_kl": kl}) for k, kl in enumerate((1.0, math.inf))]
     content = made(*BASE, *rows, result("gkd-0", **numbers(0.5, 1.0)), result("gkd-1", 1, **numbers(0.5, 1.0)), seeds=2)

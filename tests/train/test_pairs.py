@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from leibler.errors import RecipeError
 from leibler.objective import CHOSEN, REJECTED
 from leibler.recipes.distillation import dpkd
+from leibler.train import Answer, OnPolicy, Paired, Sampled, Score
 from train.conformance import TEMPERATURE, Prepared, distance, gradient, ready
 
 
@@ -53,3 +57,10 @@ def test_cutting_the_batch_changes_nothing(micro: int):
     whole, _ = gradient(made)
     cut, _ = gradient(made, micro_rows=micro)
     assert distance(cut, whole) < 1e-7
+
+
+def test_groups_and_stages_are_no_pairs():
+    wrong: list[Any] = [OnPolicy(group_size=4), OnPolicy() >> Score(Answer())]
+    for source in wrong:
+        with pytest.raises(RecipeError, match="two OnPolicy"):
+            Paired(Sampled("teacher"), source)

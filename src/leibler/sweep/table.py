@@ -118,7 +118,7 @@ def summary(
         about = {"name": slug, "slug": slug, "title": method.title, "year": method.year, "errors": errors}
         each = [_over([by_name[name] for name in names if name in by_name]) for names in tried.values()]
         # Chosen by problems that are not compared on; of equals, the first.
-        best = max(each, key=lambda over: over["metrics"].get("tuning", -math.inf))
+        best = max(each, key=_tuned)
         rows.append({**about, **best, "tried": [o["metrics"] for o in each if o["metrics"]] if len(each) > 1 else []})
     missing = [name for name in wanted if name not in by_name]
     return {
@@ -153,6 +153,12 @@ def _over(results: Sequence[Row]) -> dict[str, Any]:
         "spread": {key: _spread(values) for key, values in found.items() if len(values) > 1},
         "values": found,
     }
+
+
+def _tuned(over: Row) -> float:
+    """What a learning rate is chosen by; one that diverged is never the best."""
+    found = over["metrics"].get("tuning", -math.inf)
+    return -math.inf if math.isnan(found) else found
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -237,6 +243,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     out += _related(trained)
     out += _diversity(trained, base)
     out += _cost(trained)
+    out += _edges(trained)
     if not any(len(values) > 1 for row in trained for values in row["values"].values()):
         out.append("Each ran with one seed, so how much of any difference is chance is not known.")
     return out
@@ -329,6 +336,22 @@ def _diversity(rows: Sequence[Row], base: Mapping[str, Row]) -> list[str]:
             f"Seven more answers help {other} most (pass@8 is {100 * large:.1f} points above pass@1) and {one} least "
             f"({100 * small:.1f} points)."
         )
+    return out
+
+
+def _edges(rows: Sequence[Row]) -> list[str]:
+    """Whose best learning rate is the smallest or the largest of those tried, so that the best may lie beyond."""
+    out = []
+    for which, end in (("smallest", min), ("largest", max)):
+        names = []
+        for row in rows:
+            tried = {m["learning_rate"] for m in row.get("tried", ()) if "learning_rate" in m}
+            if len(tried) > 1 and row["metrics"].get("learning_rate") == end(tried):
+                names.append(row["name"])
+        if names:
+            out.append(
+                f"Best at the {which} learning rate tried, so perhaps better still beyond it: {', '.join(names)}."
+            )
     return out
 
 

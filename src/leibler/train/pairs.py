@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from leibler.errors import RecipeError
 from leibler.objective.rows import CHOSEN, REJECTED, Rows
 from leibler.objective.targets import Handle
 from leibler.train.sources import Context, OnPolicy, Source, State, _next_records, _rows
@@ -21,6 +22,9 @@ class Paired(Source):
     Attributes:
         chosen, rejected: laws, temperatures and limits of the two; prompts and rows are the chosen one's.
 
+    Raises:
+        RecipeError: one does not sample single responses.
+
     Examples:
         >>> from leibler.train import OnPolicy, Paired, Sampled
         >>> [handle.name for handle in Paired(Sampled("teacher"), OnPolicy()).handles()]
@@ -29,6 +33,14 @@ class Paired(Source):
 
     chosen: OnPolicy
     rejected: OnPolicy = field(default_factory=OnPolicy)
+
+    def __post_init__(self) -> None:
+        for source in (self.chosen, self.rejected):
+            if not isinstance(source, OnPolicy) or source.group_size != 1:
+                raise RecipeError(
+                    "Paired samples one response of each of two laws to a prompt; give it two OnPolicy() of "
+                    "group_size=1, and put stages behind it."
+                )
 
     def handles(self) -> tuple[Handle, ...]:
         return (*self.chosen.handles(), *self.rejected.handles())
