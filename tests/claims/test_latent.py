@@ -50,12 +50,29 @@ BROKEN = [
     case(c.own_thoughts_cost_nothing, "latent-sft", "answers", with_(Match, where="answer")),
 ]
 
+BROKEN_FULL = [
+    case(c.laws_answer_what_their_argmax_cannot, "latent-sft", "no-thoughts", without(Match)),
+    case(c.laws_answer_what_their_argmax_cannot, "latent-sft", "shifted", shifted),
+]
+
 OTHERWISE = [c.thoughts_lie_in_the_hull, c.paths_are_counted]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_recipe_is_refuted(broken: Broken):
     refute(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", BROKEN_FULL)
+def test_a_broken_recipe_is_refuted_by_its_behaviour(broken: Broken):
+    refute(broken)
+
+
+@pytest.mark.slow
+def test_laws_answer_what_their_argmax_cannot():
+    shown, holds = c.laws_answer_what_their_argmax_cannot()
+    assert holds, shown
 
 
 def test_thoughts_that_leave_the_hull_are_seen():
