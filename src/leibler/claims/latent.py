@@ -167,7 +167,7 @@ def paths_are_counted(count: Callable[[Tensor], float] = effective_paths) -> tup
 
 MODULUS, MOVES = 5, 3
 SEEDS = (0, 1)
-WALKS = character_tokenizer("01234ab[]")
+WALKS = "01234ab[]"
 
 
 def _walks(seed: int, ambiguous: bool) -> tuple[list[Record], list[Record]]:
@@ -175,7 +175,7 @@ def _walks(seed: int, ambiguous: bool) -> tuple[list[Record], list[Record]]:
 
     The thought after each move gives 0.7 to the first place and 0.3 to the second, or all to the first: its argmax.
     """
-    ids, made = WALKS.get_vocab(), []
+    ids, made = character_tokenizer(WALKS).get_vocab(), []
     pairs, moved = itertools.permutations(range(MODULUS), 2), itertools.product(range(2), repeat=MOVES)
     for pair, moves, asked in itertools.product(pairs, moved, (0, 1)):
         now = pair
@@ -196,14 +196,14 @@ def _walks(seed: int, ambiguous: bool) -> tuple[list[Record], list[Record]]:
 def _thinker(recipe: Recipe, seed: int, ambiguous: bool) -> tuple[dict[str, float], float]:
     """How many held-out questions are answered after own thoughts, by the place asked for, and the thoughts each."""
     records, held_out = _walks(seed, ambiguous)
-    student = tiny_llama(WALKS, hidden=48, layers=1, heads=4, seed=seed)
+    student = tiny_llama(character_tokenizer(WALKS), hidden=48, layers=1, heads=4, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         trained = fit(
             recipe, student=student, data=Dataset(tuple(records), "walks"), out=folder, steps=400, batch_size=128,
             learning_rate=1e-2, decay="cosine", seed=seed, quiet=True,
         ).policy  # fmt: skip
     prompts = [trained.encode_prompt(record.prompt) for record in held_out]
-    found = decode_latent(trained, prompts, max_latent=2 * MOVES, max_new_tokens=2, **MARKS)
+    found = decode_latent(trained, prompts, max_latent=2 * MOVES, max_new_tokens=2, open=OPEN, close=CLOSE)
     right: dict[str, list[bool]] = {"a": [], "b": []}
     for record, answer in zip(held_out, found.answers.completions(), strict=True):
         right[record.prompt[-1]].append(trained.decode(answer) == record.completion)
