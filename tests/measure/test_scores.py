@@ -61,3 +61,9 @@ def test_mistakes_are_told():
         pass_rates(MODEL, Dataset((Record("1+"),), "plain"))
     with pytest.raises(DataError, match="cannot be told from 0 samples"):
         pass_rates(MODEL, Addition(digits=1).dataset(2), samples=0)
+
+
+def test_a_dialogue_is_not_scored_as_one_text():
+    record = Record("1>", completion="2", extra={"turns": [["3>", "4"]]}, source="talks.jsonl:3")
+    with pytest.raises(DataError, match=r"talks\.jsonl:3 is a dialogue of several turns"):
+        read(MODEL, [record])

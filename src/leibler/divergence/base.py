@@ -75,9 +75,7 @@ class Divergence:
             coefficient = coefficient.masked_fill(infinite, 0.0)
         self._add_gradient(grad, coefficient.unsqueeze(-1), model, target, inner)
 
-    def _at(
-        self, model: Row, target: Row, token: Int[Tensor, " rows"] | None
-    ) -> tuple[Float[Tensor, " rows"], Any]:
+    def _at(self, model: Row, target: Row, token: Int[Tensor, " rows"] | None) -> tuple[Float[Tensor, " rows"], Any]:
         """``_value``, for those to which the label matters."""
         return self._value(model, target)
 

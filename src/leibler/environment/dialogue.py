@@ -62,6 +62,24 @@ def encode_text(model: CausalLM, text: str) -> list[int]:
     return list(model.tokenizer.encode(text, add_special_tokens=False))
 
 
+def text_to_score(record: Record) -> str:
+    """The completion of a record, where it stands for the whole of it.
+
+    Raises:
+        DataError: there is none, or later turns follow it.
+
+    Examples:
+        >>> text_to_score(Record("1+1=", completion="2"))
+        '2'
+    """
+    where = record.source or repr(record.prompt[:60])
+    if record.completion is None:
+        raise DataError(f"{where} has no 'completion' to score; add one to each record.")
+    if later_turns(record):
+        raise DataError(f"{where} is a dialogue of several turns, which is not scored as one text; leave it out.")
+    return record.completion
+
+
 def encode_record(
     model: CausalLM, record: Record, text: str | None = None
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:

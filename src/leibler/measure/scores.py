@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leibler.divergence import SampledLogProb
+from leibler.environment.dialogue import text_to_score
 from leibler.errors import DataError
 from leibler.fused import Want, functionals
 from leibler.measure.models import _linear, _padded
@@ -82,13 +83,7 @@ def label_logps(model: CausalLM, records: Sequence[Record], batch_size: int = 16
 
 
 def _encoded(model: CausalLM, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
-    pairs = []
-    for record in records:
-        if record.completion is None:
-            where = record.source or repr(record.prompt[:60])
-            raise DataError(f"{where} has no 'completion' to score; add one to each record.")
-        pairs.append((model.encode_prompt(record.prompt), model.encode_completion(record.completion)))
-    return pairs
+    return [(model.encode_prompt(r.prompt), model.encode_completion(text_to_score(r))) for r in records]
 
 
 def pass_rates(

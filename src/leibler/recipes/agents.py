@@ -16,8 +16,8 @@ def tcod(
     distillation on dialogues whose depth grows while the student learns.
 
     The student plays; each token of its turns is reinforced by ``scale * (log teacher - log old)``. The loss is the
-    mean over these tokens, so it does not grow with the depth. The paper writes the divergence with the teacher first; the
-    released code descends the reverse KL, token by token, and so does this.
+    mean over these tokens, so it does not grow with the depth. The paper writes the divergence with the teacher
+    first; the released code descends the reverse KL, token by token, and so does this.
 
     Args:
         curriculum: ``f2b``: episodes are cut after ``start + floor(step / every)`` turns; the end of a task, with its

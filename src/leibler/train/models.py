@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from leibler.environment.dialogue import encode_record
 from leibler.errors import DataError, ModelError
 from leibler.represent.activation import ActivationBand
 from leibler.train.sharding import reshard
@@ -137,7 +138,7 @@ class Measured(ModelRule):
         def states() -> Iterator[torch.Tensor]:
             for start in range(0, len(data), rows):
                 records = [data[i] for i in range(start, min(start + rows, len(data)))]
-                pairs = [(model.encode_prompt(r.prompt), model.encode_completion(r.completion or "")) for r in records]
+                pairs = [encode_record(model, r)[:2] for r in records]
                 tokens, attention, mask = (x.to(model.device) for x in right_pad(pairs))
                 yield model(tokens, attention)[:, :-1][mask]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from leibler.data.selection import Columns, Rule, Scorer
+from leibler.environment.dialogue import text_to_score
 from leibler.errors import DataError, RecipeError
 from leibler.objective.rows import Rows
 from leibler.objective.targets import Handle
@@ -145,11 +146,7 @@ def _read(
     """How a model reads the completions of records, each process its share."""
     reader = context.models[model]
     mine = [records[i] for i in context.share(len(records))]
-    pairs = []
-    for record in mine:
-        if record.completion is None:
-            raise DataError(f"{record.source or repr(record.prompt[:60])} has no 'completion' to score; add one.")
-        pairs.append((reader.encode_prompt(record.prompt), reader.encode_completion(record.completion)))
+    pairs = [(reader.encode_prompt(r.prompt), reader.encode_completion(text_to_score(r))) for r in mine]
     told: Callable[[int, int], None] | None = None
     if label is not None and context.working is not None:
         told = part(partial(context.working, label), passes, model)
