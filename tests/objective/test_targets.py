@@ -21,6 +21,7 @@ from leibler.objective import (
     Teacher,
     Tempered,
 )
+from leibler.objective.soft import Soft
 from leibler.objective.targets import Target
 
 NAMES = ("teacher", "reference", "base")
@@ -119,3 +120,9 @@ def test_a_mixture_of_unnormalised_laws_has_no_sampled_level(laws):
     rows = mixture.combine(tuple(laws[h.name] / math.log(2) for h in mixture.handles))
     product = (1.5 * laws["teacher"] - 0.5 * laws["reference"]).softmax(-1)
     torch.testing.assert_close(torch.exp2(rows), 0.5 * product + 0.5 * laws["reference"].exp())
+
+
+@pytest.mark.parametrize("combine", [LogLinear, Arithmetic])
+def test_the_law_of_no_model_is_not_combined(combine):
+    with pytest.raises(RecipeError, match="Soft is the law of no model"):
+        combine({Soft("latents"): 0.5, Teacher(): 0.5})

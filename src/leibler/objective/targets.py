@@ -121,7 +121,11 @@ def as_target(value: Target | str) -> Target:
 def _pairs(parts: Mapping[Target | str, float] | tuple[tuple[Target, float], ...]) -> tuple[tuple[Target, float], ...]:
     items = parts.items() if isinstance(parts, Mapping) else parts
     # A zero coefficient times a log-prob of -inf would be NaN: prune it here, once.
-    return tuple((as_target(t), float(c)) for t, c in items if c != 0)
+    parts = tuple((as_target(t), float(c)) for t, c in items if c != 0)
+    for part, _ in parts:
+        if not part.handles:
+            raise RecipeError(f"{type(part).__name__} is the law of no model and cannot be combined; match it alone.")
+    return parts
 
 
 def _rows_of(parts: tuple[tuple[Target, float], ...], leaves: tuple[Tensor, ...]) -> list[Tensor]:
