@@ -147,7 +147,7 @@ def test_an_interrupted_run_is_saved_and_goes_on(leibler, model, tmp_path):
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_was_saved(leibler, model, monkeypatch):
     def interrupted(self, *, resume=False):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread, at once
 
     monkeypatch.setattr(Request, "run", interrupted)
     status, _, err = begin(leibler, model)
