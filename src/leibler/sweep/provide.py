@@ -26,7 +26,7 @@ LEARNT = "train"
 TEXTS = ("text", "general")
 """What recipes call general text beside the task."""
 EMBEDDED: Mapping[str, Any] = {
-    "batch_size": 64, "learning_rate": 1e-3, "max_new_tokens": 14, "steps": 260,
+    "batch_size": 64, "learning_rate": 1e-3, "warmup": 20, "max_new_tokens": 14, "steps": 260,
 }  # fmt: skip
 SHAPES = {"teacher": (128, 3), "student": (64, 2), "small": (32, 1)}
 """Hidden size and layers."""
