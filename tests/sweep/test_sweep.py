@@ -80,7 +80,7 @@ def test_methods_train_on_equally_many_tokens_within_one_batch(given, here, tmp_
         assert sum(tokens) == row["metrics"]["tokens"] >= 150 > sum(tokens[:-1])
         assert row["metrics"]["steps"] == len(tokens)
         assert row["metrics"]["tokens_per_second"] > 0
-        assert row["metrics"]["memory"] > 0
+        assert row["metrics"]["memory"] >= 0  # nothing, where an earlier test of this process took more
         assert 0 <= row["metrics"]["accuracy"] <= 1
     before, teacher = content["rows"][:2]
     assert teacher["metrics"]["forward_kl"] == pytest.approx(0, abs=1e-6)
