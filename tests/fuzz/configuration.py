@@ -21,7 +21,7 @@ from leibler.cli.train import Request, from_file
 from leibler.divergence import Divergence
 from leibler.errors import LeiblerError
 from leibler.objective import Signal
-from leibler.train import Options, Recipe, describe
+from leibler.train import Options, Pipeline, Recipe, describe
 
 VALID: dict[str, Any] = {
     "recipe": "kd",
@@ -107,7 +107,7 @@ def built(request: Request) -> None:
     clear(lambda: Options(**request.options))
     recipe = clear(recipe_from, request.recipe, request.overrides)
     if recipe is not None:
-        if not isinstance(recipe, Recipe):
+        if not isinstance(recipe, (Recipe, Pipeline)):
             raise Broken(f"the recipe is {recipe!r}")
         clear(describe, recipe)
 
@@ -174,7 +174,7 @@ def changes(draw: Random, place: Path) -> int:
         )
         given[f"recipe.{key}"] = typed(draw)
     recipe = clear(recipe_from, slug, given)
-    if recipe is not None and not isinstance(recipe, Recipe):
+    if recipe is not None and not isinstance(recipe, (Recipe, Pipeline)):
         raise Broken(f"the recipe is {recipe!r}")
     return 0
 
